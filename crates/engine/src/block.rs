@@ -1,0 +1,3 @@
+//! Blocks of any object: how each is encoded for its way.
+
+pub mod encode;

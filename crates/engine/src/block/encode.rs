@@ -1,0 +1,1 @@
+//! Whether a block is worth compressing on its way (capability 3).

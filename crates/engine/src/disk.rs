@@ -1,0 +1,3 @@
+//! Virtual disks: identity and linkage of layers.
+
+pub mod identity;

@@ -1,0 +1,1 @@
+//! Which chains open, and in which order ids and data change (capability 12).

@@ -1,0 +1,3 @@
+//! Images: where each block is read from.
+
+pub mod read;

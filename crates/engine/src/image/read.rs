@@ -1,0 +1,1 @@
+//! Image reads: layer → cache → peer → seed (capability 8).

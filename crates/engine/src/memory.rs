@@ -1,0 +1,3 @@
+//! Memory on the move.
+
+pub mod precopy;

@@ -1,0 +1,3 @@
+//! Moves of a VM.
+
+pub mod handover;

@@ -1,0 +1,3 @@
+//! Who may call what.
+
+pub mod role;

@@ -1,0 +1,1 @@
+//! Blocks and pages to bytes and back: zero, raw, zstd.

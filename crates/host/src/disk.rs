@@ -1,0 +1,1 @@
+//! Layers and volumes on this host.

@@ -1,0 +1,1 @@
+//! Volumes shown to guests and tools: vhost-user-blk and NBD.

@@ -1,0 +1,1 @@
+//! Places where a test may end or hold this process.

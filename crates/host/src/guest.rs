@@ -1,0 +1,1 @@
+//! QEMU on this host: start, QMP, precheck, memory tracking, device state.

@@ -1,0 +1,1 @@
+//! RAM on its way between two hosts.

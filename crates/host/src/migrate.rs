@@ -1,0 +1,1 @@
+//! Carries out the handover that the engine decides.

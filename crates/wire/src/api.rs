@@ -1,0 +1,328 @@
+//! The HTTP API's types: JSON over the agent's unix socket, and over TLS with a client certificate.
+//!
+//! Field names are a contract (see the interface): add, never rename. Times are seconds since 1970.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::error::WireError;
+use crate::id::{DataId, DiskId, HostId, ImageId, ImageRef, Name, Role};
+use crate::meta::{Mode, VmSpec, VmState};
+
+/// A virtual machine, as `vm list` and `vm show` print it.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Its name.
+    pub name: Name,
+    /// The host that holds the right to run it.
+    pub host: HostId,
+    /// What it does.
+    pub state: VmState,
+    /// Epoch of the right.
+    pub epoch: u64,
+    /// How its memory would be moved (null when not running here, where nobody has looked).
+    pub mode: Option<Mode>,
+    /// RAM, bytes.
+    pub memory_bytes: u64,
+    /// Its boot volume.
+    pub volume: Option<Name>,
+    /// All its volumes.
+    pub volumes: Vec<Name>,
+    /// What has to happen before it goes on.
+    pub waiting_for: Option<String>,
+    /// Why mode A is not possible, if it is not.
+    #[serde(default)]
+    pub mode_reasons: Vec<String>,
+    /// Process id of QEMU, where it runs here.
+    #[serde(default)]
+    pub pid: Option<u32>,
+}
+
+/// Start a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmRun {
+    /// Its name.
+    pub name: Name,
+    /// How to start it.
+    pub spec: VmSpec,
+}
+
+/// Take over a running QEMU. Local socket only.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmAdopt {
+    /// The name it gets.
+    pub name: Name,
+    /// Its QMP socket.
+    pub qmp: String,
+}
+
+/// Whether memory may follow after the switch-over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PostCopy {
+    /// When the guest dirties memory faster than it can be sent.
+    #[default]
+    Auto,
+    /// Never.
+    Never,
+    /// At once.
+    Now,
+}
+
+/// When the writable layer is moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskMove {
+    /// Before the switch-over.
+    #[default]
+    Copy,
+    /// After it, as blocks are asked for and in the background.
+    OnDemand,
+}
+
+/// Move a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmMigrate {
+    /// Where to.
+    pub to: HostId,
+    /// The longest pause aimed at, milliseconds.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+    /// Most bytes per second on the wire.
+    #[serde(default)]
+    pub bandwidth_bytes_s: Option<u64>,
+    /// See [`PostCopy`].
+    #[serde(default)]
+    pub post_copy: PostCopy,
+    /// See [`DiskMove`].
+    #[serde(default)]
+    pub disk: DiskMove,
+    /// Force a mode; the best one otherwise.
+    #[serde(default)]
+    pub mode: Option<Mode>,
+    /// Hash all RAM at the pause on both sides and compare.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// What a task is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskKind {
+    /// Move a VM.
+    Migrate,
+    /// Publish an image.
+    Publish,
+    /// Fetch a whole image into the cache.
+    Prefetch,
+    /// Write an image or volume to a file.
+    Export,
+    /// Fill a volume from a file.
+    Import,
+    /// Mirror a foreign disk into a volume.
+    Mirror,
+    /// Move the rest of a layer after a switch-over.
+    LayerPull,
+}
+
+/// Where a task stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskState {
+    /// Under way.
+    Running,
+    /// Waits for something: see `waiting_for`.
+    Waiting,
+    /// Done.
+    Done,
+    /// Failed: see `error`.
+    Failed,
+    /// Cancelled, and undone.
+    Cancelled,
+}
+
+impl TaskState {
+    /// Nothing more will happen.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// Long work.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Task {
+    /// Number, unique on its host.
+    pub id: u64,
+    /// What it is about.
+    pub kind: TaskKind,
+    /// What it works on: "vm web-1".
+    pub object: String,
+    /// The step it is in.
+    pub phase: String,
+    /// Where it stands.
+    pub state: TaskState,
+    /// Bytes dealt with so far.
+    pub done_bytes: u64,
+    /// Bytes to deal with, as far as known.
+    pub total_bytes: u64,
+    /// Recent speed.
+    pub rate_bytes_s: u64,
+    /// Time left at that speed.
+    pub eta_s: Option<u64>,
+    /// How long the VM stood still, once known.
+    pub downtime_ms: Option<f64>,
+    /// Bytes sent to other hosts.
+    pub wire_bytes: u64,
+    /// What it waits for or depends on.
+    pub waiting_for: Option<String>,
+    /// Why it failed.
+    pub error: Option<WireError>,
+    /// Further figures by name (rounds, pages, compressed bytes, …).
+    #[serde(default)]
+    pub figures: std::collections::BTreeMap<String, f64>,
+}
+
+/// Bytes read, by where they came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReadBytes {
+    /// The volume's own layer.
+    pub layer: u64,
+    /// This host's cache.
+    pub cache: u64,
+    /// Other hosts' caches.
+    pub peer: u64,
+    /// The seed store.
+    pub seed: u64,
+}
+
+/// An image.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Image {
+    /// `NAME:TAG`.
+    pub name: ImageRef,
+    /// What it is.
+    pub id: ImageId,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Bytes of its blocks, holes and zeros not counted.
+    pub stored_bytes: u64,
+    /// Bytes of them in this host's cache.
+    pub cached_bytes: u64,
+    /// Bytes read on this host since the agent started.
+    pub read_bytes: ReadBytes,
+    /// Where it is stored.
+    pub store_url: String,
+}
+
+/// Publish a file. Local socket only.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ImagePublish {
+    /// The file.
+    pub file: String,
+    /// Its format: raw, qcow2, vhdx, vmdk. Taken from the extension if not given, never from the content.
+    #[serde(default)]
+    pub format: Option<String>,
+    /// The name it gets.
+    pub image: ImageRef,
+    /// Where to; the cluster's default store otherwise.
+    #[serde(default)]
+    pub store_url: Option<String>,
+}
+
+/// Result of checking an image against its hashes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ImageVerify {
+    /// Blocks looked at.
+    pub checked_blocks: u64,
+    /// Blocks that are damaged or missing, with where.
+    pub bad_blocks: Vec<String>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Volume {
+    /// Its name.
+    pub name: Name,
+    /// Its writable layer.
+    pub disk_id: DiskId,
+    /// What a reader sees.
+    pub data_id: DataId,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// The image under it.
+    pub parent: Option<ImageRef>,
+    /// The host that may write it.
+    pub holder: HostId,
+    /// Epoch of the right.
+    pub epoch: u64,
+    /// The VM it is attached to.
+    pub attached_to: Option<Name>,
+    /// Bytes the layer takes on disk, where it is here.
+    #[serde(default)]
+    pub layer_bytes: Option<u64>,
+    /// Sockets it is exported on, while attached.
+    #[serde(default)]
+    pub exports: Vec<String>,
+}
+
+/// Make a volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeCreate {
+    /// Its name.
+    pub name: Name,
+    /// The image under it, or…
+    #[serde(default)]
+    pub image: Option<ImageRef>,
+    /// …the size of an empty disk (with an image: grow to this size).
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+}
+
+/// How to attach a volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeAttach {
+    /// `vhost-user-blk` or `nbd`.
+    pub export: String,
+}
+
+/// A host.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Its name.
+    pub name: HostId,
+    /// Role of its certificate.
+    pub role: Role,
+    /// `alive`, `silent`, `draining` or `removed`.
+    pub state: String,
+    /// `IP:PORT` of its peer port.
+    pub addresses: Vec<String>,
+    /// Program version.
+    pub version: String,
+    /// Kernel and QEMU.
+    pub platform: String,
+}
+
+/// A join token.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Token {
+    /// The text to hand over; shown once.
+    pub token: String,
+    /// Not good from this second since 1970 on.
+    pub expires_s: u64,
+}
+
+/// What `host join` needs.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct HostJoin {
+    /// `IP:PORT` of a member.
+    pub address: String,
+    /// From `cluster token`.
+    pub token: String,
+}
+
+/// The answer to a request that starts long work.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TaskStarted {
+    /// The task's number.
+    pub task: u64,
+}

@@ -1,0 +1,1 @@
+//! Image blocks and bitmaps between hosts.

@@ -1,0 +1,1 @@
+//! Joining, and what hosts tell about themselves.

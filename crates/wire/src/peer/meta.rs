@@ -1,0 +1,1 @@
+//! The metadata store, served to other hosts.

@@ -1,0 +1,1 @@
+//! The handover of a VM between two hosts: control messages.

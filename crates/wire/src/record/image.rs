@@ -1,0 +1,1 @@
+//! Images at rest: manifest, packs, and the cache's files.

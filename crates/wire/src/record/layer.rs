@@ -1,0 +1,1 @@
+//! Layers at rest: headers, the extent log, checkpoints.

@@ -1,0 +1,2 @@
+//! Charter pending.
+fn main() {}
