@@ -326,3 +326,38 @@ pub struct TaskStarted {
     /// The task's number.
     pub task: u64,
 }
+
+/// The connections to another host.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Link {
+    /// The other host.
+    pub host: HostId,
+    /// `up`, `silent` or `down`.
+    pub state: String,
+    /// `IP:PORT` of the other end.
+    pub address: String,
+    /// Milliseconds since the other end was last heard.
+    pub silent_ms: Option<u64>,
+    /// Bytes sent since the agent started.
+    pub sent_bytes: u64,
+    /// Bytes received since the agent started.
+    pub received_bytes: u64,
+}
+
+/// Result of checking a volume.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeCheck {
+    /// The volume.
+    pub name: Name,
+    /// Log records looked at.
+    pub records: u64,
+    /// What is wrong, each with its place; empty if all is well.
+    pub problems: Vec<String>,
+}
+
+/// Where a VM's serial console is. Local socket only.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmConsole {
+    /// A unix socket on the host that runs the VM.
+    pub socket: String,
+}

@@ -1,0 +1,167 @@
+//! The agent's configuration: one TOML file, every key with a default.
+//!
+//! Unknown keys are reported at start and otherwise ignored, so that a file survives going back one release.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+/// Where the agent listens and the command line connects.
+pub const SOCKET_DEFAULT: &str = "/run/whimbrel/agent.sock";
+
+/// The file that is read if it exists and no other is named.
+const FILE_DEFAULT: &str = "/etc/whimbrel/whimbrel.toml";
+
+/// See the module's charter.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// This host's name in the cluster; the machine's host name if empty.
+    pub name: String,
+    /// State that survives a restart: certificates, metadata, cache, layers.
+    pub data_dir: PathBuf,
+    /// State that does not survive a reboot: sockets of running VMs.
+    pub run_dir: PathBuf,
+    /// The API's unix socket; `agent.sock` below `run_dir` if empty.
+    pub socket: PathBuf,
+    /// RAM of VMs; a tmpfs or hugetlbfs.
+    pub memory_dir: PathBuf,
+    /// Where other hosts and remote operators reach this host: one TLS port for everything.
+    pub listen: String,
+    /// `IP:PORT`s told to other hosts, best first; derived from `listen` and the machine's addresses if empty.
+    pub advertise: Vec<String>,
+    /// The metadata store of a cluster made here.
+    pub meta: Meta,
+    /// QEMU's program.
+    pub qemu: String,
+    /// The unprivileged user that VMs and image converters run as; `nobody` if this one does not exist.
+    pub vm_user: String,
+    /// The one directory in which backing files of published images may lie; none if empty.
+    pub backing_dir: PathBuf,
+    /// A block fetched from a peer is kept after this many fetches.
+    pub keep_after_fetches: u32,
+    /// Most bytes per second that this host serves to others' image reads; 0 is no limit.
+    pub upload_limit_bytes_s: u64,
+    /// How fast the cache is re-read in search of bit rot; 0 turns it off.
+    pub scrub_bytes_s: u64,
+    /// Tenants whose objects this host may read; empty means objects without a domain.
+    pub domains: Vec<String>,
+}
+
+/// The metadata store of a cluster.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Meta {
+    /// A SQLite file; `meta.db` below `data_dir` if empty. Agents of one machine may share it.
+    pub sqlite: PathBuf,
+    /// etcd's `https://HOST:PORT`s; used instead of SQLite if there are any.
+    pub etcd: Vec<String>,
+    /// Certificate authority of etcd, PEM file.
+    pub etcd_ca: PathBuf,
+    /// Client certificate for etcd, PEM file.
+    pub etcd_cert: PathBuf,
+    /// Its key, PEM file.
+    pub etcd_key: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            data_dir: "/var/lib/whimbrel".into(),
+            run_dir: "/run/whimbrel".into(),
+            socket: PathBuf::new(),
+            memory_dir: "/dev/shm/whimbrel".into(),
+            listen: "[::]:7420".into(),
+            advertise: Vec::new(),
+            meta: Meta::default(),
+            qemu: "qemu-system-x86_64".into(),
+            vm_user: "whimbrel-vm".into(),
+            backing_dir: PathBuf::new(),
+            keep_after_fetches: 1,
+            upload_limit_bytes_s: 0,
+            scrub_bytes_s: 4 << 20,
+            domains: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads `file`, or the default file if it exists, or takes the defaults.
+    pub fn load(file: Option<&Path>) -> anyhow::Result<Self> {
+        let path = match file {
+            Some(path) => path,
+            None if Path::new(FILE_DEFAULT).exists() => Path::new(FILE_DEFAULT),
+            None => return Self::default().completed(),
+        };
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("read configuration {}", path.display()))?;
+        Self::parse(&text).with_context(|| format!("read configuration {}", path.display()))
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let table: toml::Table = toml::from_str(text)?;
+        let known = toml::Table::try_from(Self::default())?;
+        for key in unknown_keys(&table, &known, "") {
+            tracing::warn!(key, "configuration key is unknown and ignored");
+        }
+        let config: Self = table.try_into()?;
+        config.completed()
+    }
+
+    fn completed(mut self) -> anyhow::Result<Self> {
+        if self.name.is_empty() {
+            let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+            self.name = name.split('.').next().unwrap_or_default().to_owned();
+        }
+        if self.socket.as_os_str().is_empty() {
+            self.socket = self.run_dir.join("agent.sock");
+        }
+        if self.meta.sqlite.as_os_str().is_empty() {
+            self.meta.sqlite = self.data_dir.join("meta.db");
+        }
+        self.name.parse::<whimbrel_wire::Name>().context("read key `name`")?;
+        self.listen.parse::<std::net::SocketAddr>().context("read key `listen`: IP:PORT")?;
+        for domain in &self.domains {
+            domain.parse::<whimbrel_wire::Name>().context("read key `domains`")?;
+        }
+        Ok(self)
+    }
+}
+
+fn unknown_keys(table: &toml::Table, known: &toml::Table, prefix: &str) -> Vec<String> {
+    let mut unknown = Vec::new();
+    for (key, value) in table {
+        match (known.get(key), value) {
+            (None, _) => unknown.push(format!("{prefix}{key}")),
+            (Some(toml::Value::Table(known)), toml::Value::Table(table)) => {
+                unknown.extend(unknown_keys(table, known, &format!("{prefix}{key}.")));
+            }
+            (Some(_), _) => {}
+        }
+    }
+    unknown
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_defaults_and_unknown_keys_are_named() {
+        let config = Config::parse("name = 'a'").unwrap();
+        assert_eq!(config.socket, PathBuf::from(SOCKET_DEFAULT));
+        assert_eq!(config.meta.sqlite, PathBuf::from("/var/lib/whimbrel/meta.db"));
+        let table: toml::Table = toml::from_str("nmae = 'a'\n[meta]\nsqlight = 'x'").unwrap();
+        let known = toml::Table::try_from(Config::default()).unwrap();
+        assert_eq!(unknown_keys(&table, &known, ""), ["meta.sqlight", "nmae"]);
+    }
+
+    #[test]
+    fn a_bad_value_is_refused() {
+        for bad in ["name = 'a/b'", "name = 'a'\nlisten = 'here'", "name = 'a'\ndomains = ['']"] {
+            assert!(Config::parse(bad).is_err(), "{bad}");
+        }
+    }
+}
