@@ -256,6 +256,10 @@ pub struct VmRecord {
     /// The move under way: exactly one attempt may commit, and only while it stands here.
     #[serde(default)]
     pub attempt: Option<Attempt>,
+    /// The attempt that gave the right to its holder (or back to it); none if the VM was started here or the
+    /// operator placed it here. Tells a copy that is kept at an old host whether it is still the VM.
+    #[serde(default)]
+    pub came_by: Option<AttemptId>,
     /// What has to happen before it goes on, for people.
     #[serde(default)]
     pub waiting_for: Option<String>,

@@ -1,1 +1,236 @@
-//! The handover of a VM between two hosts: control messages.
+//! The handover of a VM between two hosts: control messages, and what each side writes down on the way.
+//!
+//! Data (pages, layer extents, device state, the list of outstanding I/O) has streams of its own; here is only
+//! what decides. Every message stands in a [`Control`], which names the attempt: a message of another attempt
+//! is answered with [`ToSource::Gone`] or [`ToTarget::Abort`] and changes nothing.
+//!
+//! Rule for versions: fields are added with `#[serde(default)]`; an unknown variant refuses the move.
+//!
+//! Not here: the order of the messages and what follows from them (`engine::migrate::handover`).
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+use crate::api::DiskMove;
+use crate::error::{ErrorKind, WireError};
+use crate::id::{AttemptId, Epoch, HostId, Name};
+use crate::meta::{Mode, VmSpec};
+
+/// Makes the enum of steps with everything that has to list all of them.
+macro_rules! steps {
+    ($($(#[$doc:meta])* $variant:ident = $text:literal,)*) => {
+        /// The steps of every move, in order. See `engine::migrate::handover` for what happens in each.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Step {
+            $($(#[$doc])* #[serde(rename = $text)] $variant,)*
+        }
+
+        impl Step {
+            /// Every step, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The step's name: in journals, in `task show`, in fail points.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $text,)*
+                }
+            }
+        }
+    };
+}
+
+steps! {
+    /// The attempt is written into the VM's record; the target says whether it could run the VM.
+    Negotiate = "negotiate",
+    /// The target makes room: an incoming QEMU, files for RAM, layers.
+    Prepare = "prepare",
+    /// Memory and disk flow while the guest runs.
+    Copy = "copy",
+    /// The guest is stopped at the source.
+    Pause = "pause",
+    /// Outstanding I/O is cancelled at the source and listed.
+    ListIo = "list-io",
+    /// What changed since the last round of the copy.
+    LastRound = "last-round",
+    /// QEMU's device state.
+    DeviceState = "device-state",
+    /// The target proves to itself that it has everything, durably, and says READY.
+    Verify = "verify",
+    /// One compare-and-swap of the records: from now on the VM is the target's.
+    Commit = "commit",
+    /// The target reissues the listed I/O and lets the guest run.
+    Resume = "resume",
+    /// The target announces the guest's addresses.
+    Announce = "announce",
+    /// The source gives up its copy.
+    Release = "release",
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Step {
+    type Err = WireError;
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        Self::ALL.iter().copied().find(|step| step.as_str() == text).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|step| step.as_str()).collect();
+            WireError::new(
+                ErrorKind::InvalidInput,
+                format!("read the step {text:?}: one of {}", names.join(", ")),
+            )
+        })
+    }
+}
+
+/// The two sides of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Where the VM comes from.
+    Source,
+    /// Where it goes.
+    Target,
+}
+
+impl Side {
+    /// Both sides.
+    pub const ALL: &'static [Self] = &[Self::Source, Self::Target];
+
+    /// `source` or `target`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        }
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What is moved, from where to where, and how: agreed at the start, the same on both sides, journalled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The VM.
+    pub vm: Name,
+    /// The host that runs it.
+    pub source: HostId,
+    /// The host that shall run it.
+    pub target: HostId,
+    /// Epoch of the VM's right at the source; the target will hold it at the next one.
+    pub epoch: Epoch,
+    /// How to start the same VM.
+    pub spec: VmSpec,
+    /// How memory is moved.
+    pub mode: Mode,
+    /// When the writable layers are moved.
+    #[serde(default)]
+    pub disk: DiskMove,
+    /// Hash all RAM at the pause on both sides and compare.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// A control message with the attempt it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Control<M> {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The message.
+    pub message: M,
+}
+
+/// From source to target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToTarget {
+    /// Can you take this VM? Answered by `Accepted` or `Failed`. May be repeated.
+    Offer(Offer),
+    /// The source is in this step. Prepare and Verify are answered by `Did` or `Failed`. May be repeated.
+    Enter(Step),
+    /// The source found the right in the target's hands. Repeated until `Running`.
+    Committed(Epoch),
+    /// The attempt is over and cannot commit any more; why, for people.
+    Abort(String),
+    /// The source has given up its copy.
+    Released,
+    /// I am here.
+    Alive,
+}
+
+/// From target to source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToSource {
+    /// The target could run the VM.
+    Accepted,
+    /// The target has done its part of a step; of Verify: READY.
+    Did(Step),
+    /// The target could not do its part of a step.
+    Failed(Step, WireError),
+    /// The guest runs at the target.
+    Running,
+    /// The target has fetched what it depended on the source for.
+    Pulled,
+    /// The target knows nothing of this attempt.
+    Gone,
+    /// I am here.
+    Alive,
+}
+
+/// Which way a side is going.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Course {
+    /// Towards the target.
+    Onward,
+    /// The attempt is being undone.
+    Undo,
+    /// The target held the right but could not start the guest; the right goes back to the source.
+    HandBack,
+}
+
+/// What a side writes down, durably, before the effect it guards. The newest entry of an attempt is enough to go
+/// on after a restart; an entry is removed when its move has finished.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalEntry {
+    /// Version of this record; see [`JournalEntry::VERSION`]. A higher one is refused.
+    pub version: u32,
+    /// Whose entry it is.
+    pub side: Side,
+    /// What is moved.
+    pub offer: Offer,
+    /// The step it has reached. At the source: is about to enter. At the target: `verify` means that READY may
+    /// have been said, `resume` that the guest may have run.
+    pub step: Step,
+    /// Which way it goes.
+    pub course: Course,
+}
+
+impl JournalEntry {
+    /// The version written by this release.
+    pub const VERSION: u32 = 1;
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn step_names_are_the_same_in_json_and_text() {
+        for step in Step::ALL {
+            assert_eq!(serde_json::to_string(step).unwrap(), format!("\"{step}\""));
+            assert_eq!(step.as_str().parse::<Step>().unwrap(), *step);
+        }
+        assert!("jump".parse::<Step>().is_err());
+    }
+}
