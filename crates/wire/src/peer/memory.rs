@@ -200,7 +200,8 @@ impl<'a> Pages<'a> {
         if body.len() < PAGES_HEAD || run_count == 0 || run_count > RUNS_MAX {
             return bad("a pages frame has no runs, or too many");
         }
-        let Some((before_payload, payload)) = body.split_at_checked(PAGES_HEAD + run_count * RUN_BYTES) else {
+        let Some((before_payload, payload)) = body.split_at_checked(PAGES_HEAD + run_count * RUN_BYTES)
+        else {
             return bad("a pages frame is shorter than its runs");
         };
         let encoding = match encoding {
@@ -240,9 +241,7 @@ impl<'a> Pages<'a> {
     /// The runs, ascending and disjoint.
     pub fn runs(&self) -> impl Iterator<Item = Run> + 'a {
         let table = self.before_payload.get(PAGES_HEAD..).unwrap_or(&[]);
-        table
-            .chunks_exact(RUN_BYTES)
-            .map(|run| Run { first_page: u32_at(run, 0), pages: u32_at(run, 4) })
+        table.chunks_exact(RUN_BYTES).map(|run| Run { first_page: u32_at(run, 0), pages: u32_at(run, 4) })
     }
 
     /// How many pages the frame carries.
