@@ -116,6 +116,16 @@ impl PrivateApt {
             .with_context(|| format!("find package {package} in the private sources"))
     }
 
+    /// The first dependency of `package` whose name starts with `prefix`.
+    pub fn dependency(&self, package: &str, prefix: &str) -> Result<String> {
+        let text = capture(&mut self.tool("apt-cache", &["depends", package]))?;
+        text.lines()
+            .filter_map(|l| l.trim().strip_prefix("Depends: "))
+            .find(|name| name.starts_with(prefix))
+            .map(str::to_owned)
+            .with_context(|| format!("find what {package} depends on"))
+    }
+
     /// Downloads exactly these packages into `into`.
     pub fn download(&self, picks: &[Pick], into: &Path) -> Result<()> {
         fs::create_dir_all(into).with_context(|| format!("create {}", into.display()))?;

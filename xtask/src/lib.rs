@@ -13,5 +13,7 @@
 
 pub mod apt;
 pub mod cmd;
+pub mod guest;
+pub mod install;
 pub mod paths;
 pub mod qemu;

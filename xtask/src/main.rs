@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use xtask::{guest, install};
 
 /// Demo, test, bench, tidy and guest images.
 #[derive(Parser)]
@@ -17,6 +18,12 @@ struct Cli {
 enum Cmd {
     /// Makes the QEMU versions under test ready and prints their directories.
     Qemu,
+    /// Builds the guest images and prints their paths.
+    Guest {
+        /// The Debian image too (half a minute, needs root).
+        #[arg(long)]
+        debian: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -24,7 +31,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e:#}");
-            ExitCode::FAILURE
+            if e.is::<install::Missing>() {
+                ExitCode::from(install::MISSING_STATUS)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -34,6 +45,16 @@ fn dispatch(command: &Cmd) -> Result<()> {
         Cmd::Qemu => {
             for q in xtask::qemu::ensure_all()? {
                 println!("{} {}", q.version.name(), q.bin.display());
+            }
+        }
+        Cmd::Guest { debian } => {
+            install::ensure(&[install::Purpose::Run], false)?;
+            let image = guest::tiny()?;
+            println!("kernel {}", image.kernel.display());
+            println!("initrd {}", image.initrd.display());
+            println!("tiny {}", image.disk.display());
+            if *debian {
+                println!("debian {}", guest::debian()?.disk.display());
             }
         }
     }
