@@ -1,1 +1,30 @@
-//! QEMU on this host: start, QMP, precheck, memory tracking, device state.
+//! QEMU on this host: start it, speak with it, see what its guest writes, take and give its device state.
+//!
+//! ```text
+//!   binary ──▶ launch ──▶ process ──▶ qmp ──▶ precheck ──▶ inject ──▶ dirty ──▶ device_state
+//!   find it    command    run it,     talk    may it be    a uffd     pages     the rest of
+//!              line       watch it    to it   moved? how?  of QEMU    written   the VM
+//! ```
+//!
+//! Invariants
+//! * A VM outlives the agent: nothing here kills a QEMU because a value is dropped.
+//! * Guests and QEMU are strangers: every answer is checked, every wait has a limit, nothing panics on them.
+//! * RAM is a named file mapped shared; whoever wants its bytes maps the file ([`crate::memory`]), QEMU is not asked.
+//!
+//! Not here: bytes of RAM on their way (`memory`), the order of a move (`migrate`), disks (`export`).
+
+pub mod binary;
+pub mod device_state;
+pub mod dirty;
+pub mod inject;
+pub mod launch;
+pub mod precheck;
+mod proc_fs;
+pub mod process;
+pub mod qmp;
+mod seccomp;
+pub mod tap;
+pub mod uffd;
+
+#[cfg(test)]
+pub(crate) mod test_qemu;

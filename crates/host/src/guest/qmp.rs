@@ -1,0 +1,434 @@
+//! QMP, QEMU's control protocol: one JSON document per line on a unix socket; events interleave with answers.
+//!
+//! ```text
+//!   execute ──▶ write lock ──▶ socket ──▶ QEMU ──▶ reader task ──┬─ answer, by id ──▶ the waiting call
+//!                                                               └─ event ──▶ every [`Events`]
+//! ```
+//!
+//! Invariants
+//! * Every call has a limit; a call whose answer came too late is forgotten, and the connection goes on.
+//! * A QEMU that is gone, or closes the socket, fails all waiting and later calls with `ErrorKind::Unavailable`.
+//! * Events are kept for [`EVENTS_MAX`] per receiver; a receiver that falls behind is told so, never silently.
+//!
+//! Not here: what the commands mean (`device_state`, `precheck`).
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{broadcast, oneshot};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Events kept for a receiver that is slow.
+pub const EVENTS_MAX: usize = 1024;
+/// Limit of a call that names none.
+pub const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// The longest line accepted from QEMU, bytes.
+const LINE_MAX_BYTES: u64 = 16 << 20;
+
+/// A connection to one QEMU. Clones share it.
+#[derive(Clone)]
+pub struct Qmp {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    path: PathBuf,
+    version: Version,
+    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    /// `None` once the connection is gone.
+    live: Mutex<Option<Live>>,
+    next_id: AtomicU64,
+    reader: Mutex<Option<tokio::task::AbortHandle>>,
+}
+
+struct Live {
+    /// Calls that wait, by id.
+    waiting: HashMap<u64, oneshot::Sender<Answer>>,
+    events: broadcast::Sender<Event>,
+}
+
+type Answer = std::result::Result<Value, QmpError>;
+
+/// QEMU's version, as its greeting says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// `10` of 10.0.2.
+    pub major: u32,
+    /// `0` of 10.0.2.
+    pub minor: u32,
+    /// `2` of 10.0.2.
+    pub micro: u32,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// What QEMU says by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// `STOP`, `MIGRATION`, …
+    pub name: String,
+    /// Its data; null if none.
+    pub data: Value,
+    /// QEMU's clock, microseconds since 1970.
+    pub time_us: u64,
+}
+
+/// QEMU's own error; the source of the [`Error`] that a failed call returns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QmpError {
+    /// `GenericError`, `CommandNotFound`, `DeviceNotFound`, …
+    pub class: String,
+    /// Words for people.
+    pub desc: String,
+}
+
+impl fmt::Display for QmpError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "QEMU says: {} ({})", self.desc, self.class)
+    }
+}
+
+impl std::error::Error for QmpError {}
+
+impl QmpError {
+    fn kind(&self) -> ErrorKind {
+        match self.class.as_str() {
+            "CommandNotFound" => ErrorKind::Unsupported,
+            "DeviceNotFound" => ErrorKind::NotFound,
+            "KVMMissingCap" => ErrorKind::Missing,
+            _ => ErrorKind::Io,
+        }
+    }
+
+    fn from_json(error: &Value) -> Self {
+        let text = |key| error.get(key).and_then(Value::as_str).unwrap_or("unknown").to_owned();
+        Self { class: text("class"), desc: text("desc") }
+    }
+}
+
+impl Qmp {
+    /// Connects to the socket at `path` and agrees on capabilities, within `limit`.
+    pub async fn connect(path: &Path, limit: Duration) -> Result<Self> {
+        let action = || format!("connect to QMP at {}", path.display());
+        timeout(limit, Self::handshake(path))
+            .await
+            .map_err(|_| {
+                Error::new(ErrorKind::TimedOut, format!("{}: no greeting within {limit:?}", action()))
+                    .hint("another program may hold this QMP socket: QEMU serves one connection per socket")
+            })?
+            .with_context(action)
+    }
+
+    async fn handshake(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path).await.context("connect")?;
+        let (reader, writer) = stream.into_split();
+        let mut lines = BufReader::new(reader);
+        let greeting = read_line(&mut lines).await?;
+        let version = version_of(&greeting)
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "read the greeting: this is not QMP"))?;
+        let inner = Arc::new(Inner {
+            path: path.to_owned(),
+            version,
+            writer: tokio::sync::Mutex::new(writer),
+            live: Mutex::new(Some(Live {
+                waiting: HashMap::new(),
+                events: broadcast::channel(EVENTS_MAX).0,
+            })),
+            next_id: AtomicU64::new(1),
+            reader: Mutex::new(None),
+        });
+        // The task holds the parts it needs weakly: dropping the last handle ends it and closes the socket.
+        let task = tokio::spawn(read_all(lines, Arc::downgrade(&inner)));
+        *inner.reader.lock() = Some(task.abort_handle());
+        let qmp = Self { inner };
+        let _: Value = qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        self.inner.version
+    }
+
+    /// Whether the connection is gone; it does not come back.
+    pub fn is_closed(&self) -> bool {
+        self.inner.live.lock().is_none()
+    }
+
+    /// Runs a command with `args` (an object), within [`CALL_LIMIT`].
+    pub async fn execute<T: DeserializeOwned>(&self, command: &str, args: Value) -> Result<T> {
+        self.execute_within(command, args, CALL_LIMIT).await
+    }
+
+    /// Runs a command within `limit`.
+    pub async fn execute_within<T: DeserializeOwned>(
+        &self,
+        command: &str,
+        args: Value,
+        limit: Duration,
+    ) -> Result<T> {
+        self.call(command, args, None, limit).await
+    }
+
+    /// Runs a command that takes a descriptor along (`getfd`, `add-fd`).
+    pub async fn execute_with_fd<T: DeserializeOwned>(
+        &self,
+        command: &str,
+        args: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<T> {
+        self.call(command, args, Some(fd), CALL_LIMIT).await
+    }
+
+    /// Runs a command of the human monitor and returns what it prints. For what QMP has no command for.
+    pub async fn human(&self, line: &str) -> Result<String> {
+        self.execute("human-monitor-command", json!({ "command-line": line })).await
+    }
+
+    /// The run state: `running`, `paused`, `inmigrate`, `postmigrate`, ….
+    pub async fn run_state(&self) -> Result<String> {
+        let status: Value = self.execute("query-status", json!({})).await?;
+        text_at(&status, "status", "query-status")
+    }
+
+    /// Stops the virtual processors; returns once block I/O is drained.
+    pub async fn stop(&self) -> Result<()> {
+        self.execute::<Value>("stop", json!({})).await.map(drop)
+    }
+
+    /// Lets the virtual processors run.
+    pub async fn cont(&self) -> Result<()> {
+        self.execute::<Value>("cont", json!({})).await.map(drop)
+    }
+
+    /// Every event from now on.
+    pub fn events(&self) -> Events {
+        let receiver = match self.inner.live.lock().as_ref() {
+            Some(live) => live.events.subscribe(),
+            // Its sender is dropped at once: the receiver says that QEMU is gone.
+            None => broadcast::channel(1).1,
+        };
+        Events { receiver }
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        command: &str,
+        args: Value,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<T> {
+        let action = || format!("execute {command} at QEMU {}", self.inner.path.display());
+        let deadline = Instant::now() + limit;
+        let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
+        let (answer_to, answer) = oneshot::channel();
+        match self.inner.live.lock().as_mut() {
+            Some(live) => live.waiting.insert(id, answer_to),
+            None => return Err(gone()).with_context(action),
+        };
+        // Whatever ends this call, its entry must not stay behind.
+        let _forget = Forget { inner: &self.inner, id };
+        let mut line = json!({ "execute": command, "arguments": args, "id": id }).to_string().into_bytes();
+        line.push(b'\n');
+        let sent = timeout_at(deadline, self.inner.send(&line, fd)).await;
+        let late = || Error::new(ErrorKind::TimedOut, format!("no answer within {limit:?}"));
+        sent.map_err(|_| late()).and_then(|sent| sent).with_context(action)?;
+        let answer = timeout_at(deadline, answer).await.map_err(|_| late()).with_context(action)?;
+        let value = match answer {
+            Ok(Ok(value)) => value,
+            Ok(Err(error)) => return Err(Error::with_source(error.kind(), action(), error)),
+            Err(_) => return Err(gone()).with_context(action),
+        };
+        serde_json::from_value(value)
+            .map_err(|error| Error::with_source(ErrorKind::Unsupported, action(), error))
+    }
+}
+
+impl fmt::Debug for Qmp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Qmp({}, QEMU {})", self.inner.path.display(), self.inner.version)
+    }
+}
+
+struct Forget<'a> {
+    inner: &'a Inner,
+    id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if let Some(live) = self.inner.live.lock().as_mut() {
+            live.waiting.remove(&self.id);
+        }
+    }
+}
+
+impl Inner {
+    async fn send(&self, line: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let writer = self.writer.lock().await;
+        let stream: &UnixStream = writer.as_ref();
+        let mut rest = line;
+        let mut fd = fd;
+        while !rest.is_empty() {
+            stream.writable().await.context("send")?;
+            let sent = stream.try_io(Interest::WRITABLE, || send_once(stream, rest, fd));
+            match sent {
+                Ok(count) => {
+                    // The descriptor went with the first byte.
+                    fd = None;
+                    rest = rest.get(count..).unwrap_or_default();
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("send"),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Some(reader) = self.reader.get_mut() {
+            reader.abort();
+        }
+    }
+}
+
+fn send_once(stream: &UnixStream, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = fd.map(|fd| [fd]);
+    if let Some(fds) = &fds {
+        control.push(SendAncillaryMessage::ScmRights(fds));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    Ok(rustix::net::sendmsg(stream.as_fd(), &[io::IoSlice::new(bytes)], &mut control, flags)?)
+}
+
+/// A receiver of events.
+pub struct Events {
+    receiver: broadcast::Receiver<Event>,
+}
+
+impl Events {
+    /// The next event; `ErrorKind::Unavailable` when QEMU is gone, `ErrorKind::Unknown` when events were lost
+    /// because this receiver was too slow (ask QEMU for its state, and go on).
+    pub async fn next(&mut self) -> Result<Event> {
+        self.receiver.recv().await.map_err(|error| match error {
+            broadcast::error::RecvError::Closed => gone(),
+            broadcast::error::RecvError::Lagged(count) => {
+                Error::new(ErrorKind::Unknown, format!("receive events of QEMU: {count} were lost"))
+            }
+        })
+    }
+
+    /// The first event that `wanted` accepts, within `limit`; others are dropped.
+    pub async fn wait(&mut self, wanted: impl Fn(&Event) -> bool, limit: Duration) -> Result<Event> {
+        let search = async {
+            loop {
+                let event = self.next().await?;
+                if wanted(&event) {
+                    return Ok(event);
+                }
+            }
+        };
+        timeout(limit, search).await.map_err(|_| {
+            Error::new(ErrorKind::TimedOut, format!("wait for an event of QEMU: none within {limit:?}"))
+        })?
+    }
+}
+
+fn gone() -> Error {
+    Error::new(ErrorKind::Unavailable, "QEMU closed the connection")
+}
+
+/// A text field of an answer.
+pub(crate) fn text_at(value: &Value, key: &str, command: &str) -> Result<String> {
+    value.get(key).and_then(Value::as_str).map(str::to_owned).ok_or_else(|| {
+        Error::new(ErrorKind::Unsupported, format!("read the answer of {command}: it has no text {key:?}"))
+    })
+}
+
+fn version_of(greeting: &Value) -> Option<Version> {
+    let qemu = greeting.get("QMP")?.get("version")?.get("qemu")?;
+    let number = |key| qemu.get(key).and_then(Value::as_u64).and_then(|n| u32::try_from(n).ok());
+    Some(Version { major: number("major")?, minor: number("minor")?, micro: number("micro")? })
+}
+
+async fn read_line(lines: &mut BufReader<OwnedReadHalf>) -> Result<Value> {
+    let mut line = Vec::new();
+    let count = (&mut *lines).take(LINE_MAX_BYTES).read_until(b'\n', &mut line).await.context("receive")?;
+    if count == 0 {
+        return Err(gone());
+    }
+    if line.last() != Some(&b'\n') {
+        return Err(Error::new(ErrorKind::Unavailable, "receive: QEMU broke off within a line"));
+    }
+    serde_json::from_slice(&line)
+        .map_err(|error| Error::with_source(ErrorKind::InvalidInput, "read a line of QMP", error))
+}
+
+async fn read_all(mut lines: BufReader<OwnedReadHalf>, inner: std::sync::Weak<Inner>) {
+    let error = loop {
+        let message = match read_line(&mut lines).await {
+            Ok(message) => message,
+            Err(error) => break error,
+        };
+        let Some(inner) = inner.upgrade() else { return };
+        dispatch(&inner, message);
+    };
+    if let Some(inner) = inner.upgrade() {
+        tracing::debug!(path = %inner.path.display(), %error, "QMP connection ended");
+        // Dropping the senders fails the calls that wait.
+        drop(inner.live.lock().take());
+    }
+}
+
+fn dispatch(inner: &Inner, mut message: Value) {
+    if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
+        let stamp = |key| message.pointer(&format!("/timestamp/{key}")).and_then(Value::as_u64).unwrap_or(0);
+        let time_us = stamp("seconds").saturating_mul(1_000_000).saturating_add(stamp("microseconds"));
+        let data = message.get_mut("data").map(Value::take).unwrap_or_default();
+        // Nobody listening is fine.
+        if let Some(live) = inner.live.lock().as_ref() {
+            let _ = live.events.send(Event { name, data, time_us });
+        }
+        return;
+    }
+    let Some(id) = message.get("id").and_then(Value::as_u64) else {
+        tracing::warn!(path = %inner.path.display(), %message, "QMP answer without an id");
+        return;
+    };
+    let answer = match message.get("error") {
+        Some(error) => Err(QmpError::from_json(error)),
+        None => Ok(message.get_mut("return").map(Value::take).unwrap_or_default()),
+    };
+    let waiting = inner.live.lock().as_mut().and_then(|live| live.waiting.remove(&id));
+    if let Some(waiting) = waiting {
+        let _ = waiting.send(answer);
+    }
+}

@@ -1,0 +1,1 @@
+//! For tests: QEMU programs to test with, and a small guest.
