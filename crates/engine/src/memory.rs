@@ -1,3 +1,3 @@
-//! Memory on the move.
+//! Memory on the move: when to stop copying and pause ([`precopy`]).
 
 pub mod precopy;
