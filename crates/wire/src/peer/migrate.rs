@@ -154,17 +154,13 @@ pub struct Control<M> {
 #[serde(rename_all = "snake_case")]
 pub enum ToTarget {
     /// Can you take this VM? Answered by `Accepted` or `Failed`. May be repeated.
-    Offer(Offer),
+    Offer(Box<Offer>),
     /// The source is in this step. Prepare and Verify are answered by `Did` or `Failed`. May be repeated.
     Enter(Step),
     /// The source found the right in the target's hands. Repeated until `Running`.
     Committed(Epoch),
     /// The attempt is over and cannot commit any more; why, for people.
     Abort(String),
-    /// The source has given up its copy.
-    Released,
-    /// I am here.
-    Alive,
 }
 
 /// From target to source.

@@ -1,0 +1,1 @@
+//! Tests of the two machines against each other.
