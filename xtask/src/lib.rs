@@ -12,8 +12,11 @@
 //! Not here: anything that ships.
 
 pub mod apt;
+pub mod beat;
 pub mod cmd;
 pub mod guest;
 pub mod install;
+pub mod lab;
 pub mod paths;
 pub mod qemu;
+pub mod status;

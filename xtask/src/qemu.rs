@@ -96,13 +96,12 @@ pub fn ensure(version: Version) -> Result<Qemu> {
             write_program(&bin.join(name), &format!("exec {} \"$@\"\n", path.display()))?;
         }
     } else {
-        let root = home.join("root");
         if !home.join("complete").exists() {
             unpack(version, &home)
                 .with_context(|| format!("unpack QEMU {} under {}", version.name(), home.display()))?;
         }
         for name in PROGRAMS {
-            write_program(&bin.join(name), &wrapper(&root, name))?;
+            write_program(&bin.join(name), &wrapper(name))?;
         }
     }
     let qemu = Qemu { version, bin };
@@ -165,18 +164,18 @@ fn unpack(version: Version, home: &Path) -> Result<()> {
     fs::write(home.join("complete"), list).context("record the unpacked packages")
 }
 
-/// A shell script that starts an unpacked program with its own libraries, modules and firmware.
-fn wrapper(root: &Path, name: &str) -> String {
-    let usr = root.join("usr");
-    let (usr, lib) = (usr.display(), "lib/x86_64-linux-gnu");
+/// A shell script that starts an unpacked program with its own libraries, modules and firmware, found beside the
+/// script: the tree may be moved, or mounted elsewhere.
+fn wrapper(name: &str) -> String {
     let firmware = if name == PROGRAMS[0] {
-        format!("-L {usr}/share/qemu -L {usr}/share/seabios -L {usr}/lib/ipxe/qemu ")
+        "-L \"$root/usr/share/qemu\" -L \"$root/usr/share/seabios\" -L \"$root/usr/lib/ipxe/qemu\" "
     } else {
-        String::new()
+        ""
     };
     format!(
-        "export LD_LIBRARY_PATH={usr}/{lib}:{}/{lib} QEMU_MODULE_DIR={usr}/{lib}/qemu\nexec {usr}/bin/{name} {firmware}\"$@\"\n",
-        root.display()
+        "root=$(cd \"${{0%/*}}/../root\" && pwd)\nlib=$root/usr/lib/x86_64-linux-gnu\n\
+         export LD_LIBRARY_PATH=\"$lib:$root/lib/x86_64-linux-gnu\" QEMU_MODULE_DIR=\"$lib/qemu\"\n\
+         exec \"$root/usr/bin/{name}\" {firmware}\"$@\"\n"
     )
 }
 

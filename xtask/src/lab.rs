@@ -1,0 +1,130 @@
+//! Several hosts on one machine: each a network and mount namespace with its own agent, directories and addresses.
+//!
+//! ```text
+//!   xtask ─exec─▶ sh (removes the directory at the end) ─▶ unshare: own mounts, network, process ids
+//!     └─▶ xtask again, process 1 in there:
+//!            fab0 10.77.0.1 ──veth── h1: eth0 10.77.0.11   agent, QEMU, br0 ──┐
+//!                        └──veth── h2: eth0 10.77.0.12   agent, QEMU, br0 ──┴── guests0 10.78.0.1
+//! ```
+//!
+//! Invariants: when the inner process ends, however it ends, the kernel ends every process in there and takes the
+//! interfaces and mounts away; nothing outside the lab's directory is written.
+//!
+//! Not here: what is done with the hosts (`demo.rs`, `e2e/`, `bench/`).
+
+mod enter;
+mod host;
+mod net;
+
+use std::cell::Cell;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+pub use enter::{enter, keep_running, leave, own_directory};
+pub use host::{Host, VmArgs, VmSockets};
+pub use net::Link;
+
+use crate::cmd::{cmd, run};
+use crate::guest::Image;
+use crate::qemu::Qemu;
+
+/// Hosts of this lab, and the network between them.
+pub struct Lab {
+    dir: PathBuf,
+    hosts: Vec<Host>,
+    /// QEMU as seen in the lab.
+    pub qemu: Qemu,
+    /// The guest image as seen in the lab.
+    pub image: Image,
+    next_vm: Cell<u32>,
+}
+
+impl Lab {
+    /// Sets up `count` hosts without agents, in a fresh directory of the lab. Must run inside [`enter`].
+    pub fn new(name: &str, count: usize, qemu: &Qemu, image: &Image) -> Result<Lab> {
+        let dir = own_directory()?.join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        // QEMU runs as an unprivileged user, who may not be able to walk to where these really are.
+        let qemu = Qemu { version: qemu.version, bin: show_through(&qemu.bin, &dir.join("qemu"), "bin")? };
+        let guest = dir.join("guest");
+        let image = Image {
+            kernel: show_through(&image.kernel, &guest, "vmlinuz")?,
+            initrd: show_through(&image.initrd, &guest, "initrd.img")?,
+            disk: show_through(&image.disk, &guest, "disk.raw")?,
+        };
+        net::make_fabric(name)?;
+        let hosts = (1..=count).map(|n| Host::new(&dir, name, n, &qemu)).collect::<Result<_>>()?;
+        Ok(Lab { dir, hosts, qemu, image, next_vm: Cell::new(2) })
+    }
+
+    /// The hosts, in order.
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// Two of them.
+    pub fn pair(&self) -> (&Host, &Host) {
+        match self.hosts.as_slice() {
+            [a, b, ..] => (a, b),
+            // A lab is made with at least two hosts by everyone who asks for a pair.
+            _ => unreachable!("a lab with one host has no pair"),
+        }
+    }
+
+    /// The lab's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// An address for a guest's interface, `IP/PREFIX`, fresh at each call.
+    pub fn guest_address(&self) -> String {
+        let n = self.next_vm.get();
+        self.next_vm.set(n + 1);
+        format!("10.78.0.{n}/24")
+    }
+
+    /// Makes every host's interface a link of this class.
+    pub fn shape(&self, link: Link) -> Result<()> {
+        self.hosts.iter().try_for_each(|h| net::shape(h.name(), link))
+    }
+
+    /// Bytes that went out of `from` towards the others so far, as its interface counts them.
+    pub fn bytes_out(&self, from: &Host) -> Result<u64> {
+        net::bytes_out(from.name())
+    }
+
+    /// Starts the agents and makes one cluster of them, images in a store of the lab's own.
+    pub fn start_cluster(&self, whimbrel: &Path) -> Result<()> {
+        for host in &self.hosts {
+            host.start_agent(whimbrel)?;
+        }
+        let store = self.dir.join("store");
+        fs::create_dir_all(&store).context("make the image store")?;
+        let Some((first, others)) = self.hosts.split_first() else { return Ok(()) };
+        first.whimbrel(&["cluster", "init", "--name", "lab", "--store", &store.to_string_lossy()])?;
+        for host in others {
+            let token = first.whimbrel(&["cluster", "token"])?;
+            let token =
+                token.get("token").and_then(|t| t.as_str()).context("read the join token")?.to_owned();
+            host.whimbrel(&["host", "join", first.peer_address(), "--token", &token])?;
+        }
+        Ok(())
+    }
+}
+
+/// Bind-mounts `what` below `under`, where anybody can reach it.
+fn show_through(what: &Path, under: &Path, name: &str) -> Result<PathBuf> {
+    fs::create_dir_all(under).with_context(|| format!("create {}", under.display()))?;
+    if what.is_dir() {
+        // A program's directory brings its neighbours (libraries, firmware) along.
+        let home = what.parent().context("a directory to show has a parent")?;
+        run(cmd("mount", &["--bind"]).arg(home).arg(under))?;
+        return Ok(under.join(what.file_name().context("a directory to show has a name")?));
+    }
+    let place = under.join(name);
+    fs::write(&place, "").with_context(|| format!("create {}", place.display()))?;
+    run(cmd("mount", &["--bind"]).arg(what).arg(&place))?;
+    Ok(place)
+}

@@ -1,0 +1,243 @@
+//! One host of a lab: its agent, and the VMs on it.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::net;
+use crate::cmd::{self, cmd};
+use crate::guest::{APPEND, BEAT_PORT, Image, STATUS_PORT};
+use crate::qemu::Qemu;
+
+/// How long an agent may take to answer after its start.
+const AGENT_START_LIMIT: Duration = Duration::from_secs(30);
+/// RAM files of all VMs of a host together.
+const MEMORY_LIMIT: &str = "8G";
+
+/// See the module's charter.
+pub struct Host {
+    name: String,
+    /// Its place in the namespaces, `NAME` of `ip netns`.
+    dir: PathBuf,
+    peer_address: String,
+    whimbrel: RefCell<PathBuf>,
+    agent: RefCell<Option<Child>>,
+}
+
+/// A VM to start.
+pub struct VmArgs<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// An existing volume.
+    pub volume: &'a str,
+    /// RAM.
+    pub memory_mib: u64,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Workload settings, `wg.KEY=VALUE …`.
+    pub workload: &'a str,
+    /// Whether it gets an interface on the guests' network.
+    pub net: bool,
+}
+
+/// Sockets of a VM's two ports on one host.
+#[derive(Clone, Debug)]
+pub struct VmSockets {
+    /// For [`crate::beat`].
+    pub beat: PathBuf,
+    /// For [`crate::status`].
+    pub status: PathBuf,
+}
+
+impl Host {
+    /// Makes the namespace and the directories.
+    pub(super) fn new(lab: &Path, lab_name: &str, number: usize, qemu: &Qemu) -> Result<Host> {
+        let name = format!("{lab_name}-h{number}");
+        let dir = lab.join(format!("h{number}"));
+        for sub in ["data", "run", "memory"] {
+            fs::create_dir_all(dir.join(sub)).with_context(|| format!("make {}", dir.display()))?;
+        }
+        let memory = dir.join("memory");
+        let options = format!("size={MEMORY_LIMIT},mode=755,huge=advise");
+        cmd::run(cmd("mount", &["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&memory))?;
+        net::add_host(&name, number)?;
+        let peer_address = format!("{}:7420", net::address(number));
+        let host = Host {
+            name,
+            dir,
+            peer_address,
+            whimbrel: RefCell::new(PathBuf::new()),
+            agent: RefCell::new(None),
+        };
+        fs::write(host.config_path(), host.config(qemu)).context("write the agent's configuration")?;
+        Ok(host)
+    }
+
+    fn config(&self, qemu: &Qemu) -> String {
+        let dir = self.dir.display();
+        format!(
+            "name = \"{}\"\ndata_dir = \"{dir}/data\"\nrun_dir = \"{dir}/run\"\nmemory_dir = \"{dir}/memory\"\n\
+             listen = \"{}\"\nadvertise = [\"{}\"]\nqemu = \"{}\"\nvm_user = \"nobody\"\n",
+            self.name,
+            self.peer_address,
+            self.peer_address,
+            qemu.system().display(),
+        )
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.dir.join("whimbrel.toml")
+    }
+
+    /// Its name in the cluster and among the namespaces.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// `IP:PORT` of its agent for other hosts.
+    pub fn peer_address(&self) -> &str {
+        &self.peer_address
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The agent's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("run/agent.sock")
+    }
+
+    /// The agent's log.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("agent.log")
+    }
+
+    /// A command that runs on this host: in its network.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut c = cmd("ip", &["netns", "exec", &self.name]);
+        c.arg(program);
+        c
+    }
+
+    /// Starts the agent, and waits until it answers.
+    pub fn start_agent(&self, whimbrel: &Path) -> Result<()> {
+        self.whimbrel.replace(whimbrel.to_path_buf());
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path());
+        let log = log.context("open the agent's log")?;
+        let mut c = self.command(whimbrel);
+        c.arg("--socket").arg(self.socket()).args(["agent", "--config"]).arg(self.config_path());
+        c.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
+        c.env("NO_COLOR", "1");
+        c.stdout(Stdio::from(log.try_clone().context("share the agent's log")?)).stderr(Stdio::from(log));
+        let child = c.spawn().with_context(|| format!("start the agent of {}", self.name))?;
+        self.agent.replace(Some(child));
+        let end = Instant::now() + AGENT_START_LIMIT;
+        loop {
+            if std::os::unix::net::UnixStream::connect(self.socket()).is_ok() {
+                return Ok(());
+            }
+            let ended = self.agent.borrow_mut().as_mut().and_then(|c| c.try_wait().ok().flatten());
+            if let Some(status) = ended {
+                bail!("the agent of {} ended at once ({status}):\n{}", self.name, self.log_tail());
+            }
+            if Instant::now() > end {
+                bail!("the agent of {} does not answer:\n{}", self.name, self.log_tail());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The agent's process, if it was started.
+    pub fn agent_pid(&self) -> Option<u32> {
+        // `ip netns exec` becomes the program, so the child is the agent.
+        self.agent.borrow().as_ref().map(Child::id)
+    }
+
+    /// Kills the agent as a crash would; its VMs go on.
+    pub fn kill_agent(&self) -> Result<()> {
+        if let Some(mut child) = self.agent.take() {
+            child.kill().context("kill the agent")?;
+            child.wait().context("wait for the agent's end")?;
+        }
+        Ok(())
+    }
+
+    /// The end of the agent's log.
+    pub fn log_tail(&self) -> String {
+        cmd::tail(&fs::read(self.log_path()).unwrap_or_default(), 25)
+    }
+
+    /// A command line of this host's agent.
+    pub fn cli(&self, args: &[&str]) -> Command {
+        let mut c = cmd(&*self.whimbrel.borrow(), &["--output", "json", "--socket"]);
+        c.arg(self.socket()).args(args);
+        c
+    }
+
+    /// Runs a command on this host's agent and gives the JSON that it printed.
+    pub fn whimbrel(&self, args: &[&str]) -> Result<Value> {
+        let text = cmd::capture(&mut self.cli(args)).with_context(|| format!("on {}", self.name))?;
+        serde_json::from_str(&text).with_context(|| format!("read what `{}` printed", args.join(" ")))
+    }
+
+    /// Publishes an image and makes a volume over it.
+    pub fn publish(&self, file: &Path, image: &str) -> Result<Value> {
+        self.whimbrel(&["image", "publish", &file.to_string_lossy(), "--format", "raw", "--name", image])
+    }
+
+    /// `vm run`, with the workload's ports.
+    pub fn run_vm(&self, vm: &VmArgs<'_>, image: &Image) -> Result<Value> {
+        let (memory, vcpus) = (format!("{}M", vm.memory_mib), vm.vcpus.to_string());
+        let append = format!("{APPEND} {}", vm.workload);
+        let (kernel, initrd) = (image.kernel.to_string_lossy(), image.initrd.to_string_lossy());
+        let mut args = vec!["vm", "run", vm.name, "--volume", vm.volume, "--memory", &memory];
+        args.extend(["--vcpus", &vcpus, "--accel", "tcg", "--kernel", &kernel, "--initrd", &initrd]);
+        args.extend(["--append", &append]);
+        if vm.net {
+            args.extend(["--net", "bridge=br0"]);
+        }
+        args.push("--");
+        let ports = port_args("{run}");
+        args.extend(ports.iter().map(String::as_str));
+        self.whimbrel(&args)
+    }
+
+    /// Where the sockets of a VM are on this host; they need not exist yet.
+    pub fn vm_sockets(&self, vm: &str) -> VmSockets {
+        let dir = self.dir.join("run/vms").join(vm);
+        VmSockets { beat: dir.join("beat.sock"), status: dir.join("status.sock") }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // Best effort: the end of the lab's first process ends everything for certain.
+        drop(self.kill_agent());
+        if let Err(e) = net::remove_host(&self.name) {
+            eprintln!("{e:#}");
+        }
+    }
+}
+
+/// QEMU arguments for the workload's ports, sockets in `dir`.
+pub fn port_args(dir: &str) -> Vec<String> {
+    let port = |id: &str, name: &str| {
+        [
+            "-chardev".to_owned(),
+            format!("socket,id=wg{id},path={dir}/{id}.sock,server=on,wait=off"),
+            "-device".to_owned(),
+            format!("virtserialport,chardev=wg{id},name={name}"),
+        ]
+    };
+    let mut args = vec!["-device".to_owned(), "virtio-serial-pci".to_owned()];
+    args.extend(port("beat", BEAT_PORT));
+    args.extend(port("status", STATUS_PORT));
+    args
+}
