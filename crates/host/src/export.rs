@@ -1,1 +1,43 @@
 //! Volumes shown to guests and tools: vhost-user-blk and NBD.
+//!
+//! ```text
+//!  guest driver ── QEMU ── unix socket ──▶ server ──▶ frontend   the vhost-user conversation: memory, rings, logs
+//!       │                                               │
+//!       │ rings in shared guest RAM                     │ starts, stops
+//!       └───────────────────────────────────────────▶ queue ──▶ DeviceSlot ──▶ Arc<dyn BlockDev>
+//!                                                       │ would wait                ▲
+//!                                                       └────────▶ pool ────────────┘
+//!  nbd client ── unix socket ──▶ nbd ───────────────────────────▶ DeviceSlot
+//! ```
+//!
+//! Invariants
+//! * What a guest, a front-end or an NBD client sends never ends this process: a bad request fails, a bad ring
+//!   stops, a bad connection is closed.
+//! * The guest is always told "write-back, flush when you care", which is what a volume is; a guest that cannot
+//!   flush gets every write made durable before it is acknowledged.
+//! * A request is acknowledged once, after it was done. One that was not acknowledged when this process died is
+//!   done by the next one that serves the same socket.
+//! * No request reaches the disk before [`DeviceSlot::activate`] or after [`DeviceSlot::fence`] returned.
+//!
+//! Not here: what a volume is (`disk`), who may write it (the volume's right, `migrate`).
+
+mod blk;
+mod dirty;
+mod event;
+mod frontend;
+mod guest_ram;
+mod inflight;
+mod pool;
+mod queue;
+mod ring;
+mod server;
+mod slot;
+mod socket;
+
+pub use dirty::WriteTracker;
+pub use server::{ExportCounters, VhostUserOptions, VhostUserServer};
+pub use slot::{DeviceSlot, SlotState};
+pub use socket::SocketOwner;
+
+#[cfg(test)]
+pub(crate) mod test_device;

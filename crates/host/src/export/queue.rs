@@ -1,0 +1,753 @@
+//! One queue of one device: a thread that takes requests from a ring, has them done, and answers.
+//!
+//! ```text
+//!            ┌──────────── round ────────────┐ nothing to do   ┌────── look again, ─────┐ still nothing
+//!  start ──▶ │ take results of the pool       │ ──────────────▶ │ yielding, for as long  │ ─────────────▶ asleep
+//!            │ take requests: do, or hand on  │ ◀────────────── │ as it paid before      │                 │
+//!            └────────────────────────────────┘  something      └────────────────────────┘ ◀── kick, wake ─┘
+//!                     │ stop asked, nothing outstanding (or given up)
+//!                     ▼
+//!                   ended
+//! ```
+//!
+//! What the disk can do without waiting is done here, straight between the disk and guest memory. The rest goes to
+//! the [`Pool`] with copies of its data, and is answered here, in whatever order it ends: only this thread touches
+//! the rings.
+//!
+//! Invariants
+//! * A request is recorded as in flight before it is begun, and answered only after it was done.
+//! * The answer of a request handed on needs its own memory only: the memory table may change meanwhile.
+//! * What the guest put into a ring can stop that ring, and nothing else.
+//!
+//! Not here: when a ring may run (`frontend`), what its bytes are (`ring`), what a request is (`blk`).
+
+use std::collections::VecDeque;
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::event::epoll;
+
+use super::blk::{self, Ask, Identity};
+use super::dirty::Dirty;
+use super::event::{Waker, signal};
+use super::guest_ram::{Buffers, GuestRam, Seg, copy_out};
+use super::inflight::Inflight;
+use super::pool::Pool;
+use super::ring::{BadRing, Chain, Ring};
+use super::slot::DeviceSlot;
+use crate::block_dev::BlockDev;
+use crate::error::{Context as _, Error, ErrorKind, Result};
+
+/// Answers after which the guest is asked whether it wants to be told, even if more requests wait.
+const SIGNAL_EVERY: u32 = 16;
+/// Requests after which the thread looks up, even if more wait.
+const ROUND_REQUESTS: u32 = 128;
+/// Bytes of requests handed on, over which no more are taken.
+const HANDED_ON_BYTES: u64 = 64 << 20;
+
+/// What all queues of a device share.
+pub(super) struct Device {
+    pub(super) slot: DeviceSlot,
+    pub(super) identity: Identity,
+    pub(super) pool: Pool,
+    pub(super) busy_poll: Duration,
+    /// Requests that a stopped queue gave up waiting for, and that still run.
+    pub(super) orphans: AtomicUsize,
+    pub(super) stats: Stats,
+    pub(super) complaints: Complaints,
+}
+
+/// Counters of a device.
+#[derive(Default)]
+pub(super) struct Stats {
+    pub(super) read_bytes: AtomicU64,
+    pub(super) written_bytes: AtomicU64,
+    pub(super) requests: AtomicU64,
+    pub(super) handed_on: AtomicU64,
+    pub(super) errors: AtomicU64,
+}
+
+/// Lets one complaint a second through, and counts the others.
+#[derive(Default)]
+pub(super) struct Complaints {
+    last: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Complaints {
+    /// Logs `what`, unless something was logged within the last second.
+    pub(super) fn log(&self, what: &dyn std::fmt::Display) {
+        let mut last = self.last.lock();
+        if last.0.is_some_and(|at| at.elapsed() < Duration::from_secs(1)) {
+            last.1 += 1;
+            return;
+        }
+        let suppressed = std::mem::take(&mut last.1);
+        last.0 = Some(Instant::now());
+        drop(last);
+        tracing::warn!(suppressed, "export: {what}");
+    }
+}
+
+/// Work for the pool: nothing in it points into guest memory.
+enum Op {
+    Read { offset: u64, len: usize },
+    Write { offset: u64, data: Vec<u8>, then_flush: bool },
+    Flush,
+    Discard(Vec<std::ops::Range<u64>>),
+    WriteZeroes(Vec<std::ops::Range<u64>>),
+}
+
+impl Op {
+    fn bytes(&self) -> u64 {
+        match self {
+            Op::Read { len, .. } => *len as u64,
+            Op::Write { data, .. } => data.len() as u64,
+            Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => 0,
+        }
+    }
+}
+
+/// What became of a request handed on.
+enum Done {
+    /// It ended; a read brings its data.
+    Ended(Result<Vec<u8>>),
+    /// The disk was not served any more when its turn came: to be handed on again later.
+    Parked(Op),
+}
+
+/// What is needed to answer a request handed on.
+struct Pending {
+    /// Where its data goes.
+    data: Vec<Seg>,
+    status: Seg,
+    bytes: u64,
+    ram: Arc<GuestRam>,
+}
+
+/// What a queue needs to start.
+pub(super) struct Setup {
+    pub(super) ring: Ring,
+    pub(super) size: u16,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) inflight: Option<Inflight>,
+    /// Requests of an earlier process to do first.
+    pub(super) again: Vec<u16>,
+    pub(super) dirty: Dirty,
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Option<OwnedFd>,
+    pub(super) err: Option<OwnedFd>,
+    /// Whether writes are made durable before they are answered: the guest cannot flush.
+    pub(super) write_through: bool,
+}
+
+/// The state of a queue, changed by its thread and, between rounds, by the front-end.
+pub(super) struct State {
+    pub(super) ring: Ring,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) dirty: Dirty,
+    pub(super) call: Option<OwnedFd>,
+    pub(super) err: Option<OwnedFd>,
+    pub(super) inflight: Option<Inflight>,
+    pub(super) write_through: bool,
+    again: VecDeque<u16>,
+    pending: Vec<Option<Pending>>,
+    outstanding: usize,
+    outstanding_bytes: u64,
+    parked: Vec<(u16, Op)>,
+    broken: bool,
+    unsignalled: u32,
+    chain: Chain,
+    buffers: Buffers,
+}
+
+/// A running queue.
+pub(super) struct Queue {
+    device: Arc<Device>,
+    state: Mutex<State>,
+    results: Mutex<Results>,
+    has_results: AtomicBool,
+    waker: Arc<Waker>,
+    stop: AtomicBool,
+    give_up: AtomicBool,
+    ended: Mutex<bool>,
+    has_ended: Condvar,
+}
+
+#[derive(Default)]
+struct Results {
+    list: Vec<(u16, Done)>,
+    abandoned: bool,
+}
+
+/// How a round went.
+#[derive(PartialEq, Eq)]
+enum Round {
+    Worked,
+    Nothing,
+    Ended,
+}
+
+/// How a queue stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stopped {
+    /// The next entry of the available ring to take.
+    pub(super) next_avail: u16,
+    /// Requests taken and not answered: they stay in the in-flight record.
+    pub(super) unfinished: usize,
+}
+
+/// A queue and its thread.
+pub(super) struct RunningQueue {
+    pub(super) queue: Arc<Queue>,
+    thread: JoinHandle<()>,
+}
+
+impl RunningQueue {
+    /// Starts the thread of a queue.
+    pub(super) fn start(device: Arc<Device>, index: u16, setup: Setup) -> Result<Self> {
+        let waker = Arc::new(Waker::new()?);
+        let sleep = Sleep::new(&waker, setup.kick)?;
+        device.slot.wake_on_activate(&waker);
+        let state = State {
+            ring: setup.ring,
+            ram: setup.ram,
+            dirty: setup.dirty,
+            call: setup.call,
+            err: setup.err,
+            inflight: setup.inflight,
+            write_through: setup.write_through,
+            again: setup.again.into(),
+            pending: std::iter::repeat_with(|| None).take(usize::from(setup.size)).collect(),
+            outstanding: 0,
+            outstanding_bytes: 0,
+            parked: Vec::new(),
+            broken: false,
+            unsignalled: 0,
+            chain: Chain::default(),
+            buffers: Buffers::default(),
+        };
+        let queue = Arc::new(Queue {
+            device,
+            state: Mutex::new(state),
+            results: Mutex::default(),
+            has_results: AtomicBool::new(false),
+            waker,
+            stop: AtomicBool::new(false),
+            give_up: AtomicBool::new(false),
+            ended: Mutex::new(false),
+            has_ended: Condvar::new(),
+        });
+        let run = queue.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("vub-q{index}"))
+            .spawn(move || run.run(&sleep))
+            .context("start a queue's thread")?;
+        Ok(Self { queue, thread })
+    }
+
+    /// Says that the queue will be stopped, without waiting for it.
+    pub(super) fn ask_to_stop(&self) {
+        self.queue.stop.store(true, Ordering::SeqCst);
+        self.queue.waker.wake();
+    }
+
+    /// Takes no more requests, waits up to `limit` for those taken, and ends the thread.
+    pub(super) fn stop(self, limit: Duration) -> Result<Stopped> {
+        let queue = &self.queue;
+        self.ask_to_stop();
+        if !queue.wait_ended(limit) {
+            queue.give_up.store(true, Ordering::SeqCst);
+            queue.waker.wake();
+            // The thread can only be late if the disk itself hangs.
+            if !queue.wait_ended(limit) {
+                return Err(Error::new(ErrorKind::TimedOut, "stop queue: the disk does not answer"));
+            }
+        }
+        if self.thread.join().is_err() {
+            return Err(Error::new(ErrorKind::Internal, "stop queue: its thread panicked"));
+        }
+        let state = queue.state.lock();
+        Ok(Stopped { next_avail: state.ring.next_avail(), unfinished: state.outstanding + state.again.len() })
+    }
+}
+
+impl Queue {
+    /// Changes the state between two rounds.
+    pub(super) fn with_state<R>(&self, change: impl FnOnce(&mut State) -> R) -> R {
+        let result = change(&mut self.state.lock());
+        self.waker.wake();
+        result
+    }
+
+    fn wait_ended(&self, limit: Duration) -> bool {
+        let mut ended = self.ended.lock();
+        self.has_ended.wait_while_for(&mut ended, |ended| !*ended, limit);
+        *ended
+    }
+
+    fn run(self: Arc<Self>, sleep: &Sleep) {
+        // However the thread ends, whoever waits for it must learn of it.
+        struct Announce<'a>(&'a Queue);
+        impl Drop for Announce<'_> {
+            fn drop(&mut self) {
+                *self.0.ended.lock() = true;
+                self.0.has_ended.notify_all();
+            }
+        }
+        let _announce = Announce(&self);
+        let mut spin = Spin::new(self.device.busy_poll);
+        loop {
+            let round = self.state.lock().round(&self);
+            match round {
+                Round::Ended => break,
+                Round::Worked => spin.worked(),
+                Round::Nothing if spin.again() => rustix::thread::sched_yield(),
+                Round::Nothing => {
+                    self.waker.prepare();
+                    if !self.state.lock().must_look(&self) {
+                        let asleep = Instant::now();
+                        sleep.wait(self.device.orphans.load(Ordering::Acquire) > 0);
+                        spin.slept(asleep.elapsed());
+                    }
+                    self.waker.awake();
+                    self.state.lock().ring.refuse_kicks();
+                }
+            }
+        }
+        self.abandon();
+    }
+
+    /// Leaves what still runs in the pool to itself; the next queue waits for it to end.
+    fn abandon(&self) {
+        let outstanding = self.state.lock().still_running();
+        let mut results = self.results.lock();
+        results.abandoned = true;
+        let running = outstanding.saturating_sub(results.list.len());
+        self.device.orphans.fetch_add(running, Ordering::AcqRel);
+    }
+
+    /// Runs `op` on the pool and brings its result back.
+    fn hand_on(self: &Arc<Self>, head: u16, op: Op) {
+        self.device.stats.handed_on.fetch_add(1, Ordering::Relaxed);
+        let queue = self.clone();
+        self.device.pool.submit(move || {
+            let done = carry_out(&queue.device.slot, op);
+            let mut results = queue.results.lock();
+            if results.abandoned {
+                queue.device.orphans.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
+            results.list.push((head, done));
+            queue.has_results.store(true, Ordering::Release);
+            drop(results);
+            queue.waker.wake();
+        });
+    }
+}
+
+/// Does one request on a thread that may wait.
+fn carry_out(slot: &DeviceSlot, op: Op) -> Done {
+    if let Op::Read { offset, len } = op {
+        let Some(device) = slot.reader() else { return Done::Parked(op) };
+        let mut data = vec![0; len];
+        let result = device.read(offset, &mut [IoSliceMut::new(&mut data)]);
+        return Done::Ended(result.map(|()| data));
+    }
+    let Some(device) = slot.enter() else { return Done::Parked(op) };
+    let result = match &op {
+        Op::Read { .. } => Ok(()),
+        Op::Write { offset, data, then_flush } => device
+            .write(*offset, &[std::io::IoSlice::new(data)])
+            .and_then(|()| if *then_flush { device.flush() } else { Ok(()) }),
+        Op::Flush => device.flush(),
+        Op::Discard(ranges) => {
+            ranges.iter().try_for_each(|range| device.discard(range.start, range.end - range.start))
+        }
+        Op::WriteZeroes(ranges) => {
+            ranges.iter().try_for_each(|range| device.write_zeroes(range.start, range.end - range.start))
+        }
+    };
+    Done::Ended(result.map(|()| Vec::new()))
+}
+
+/// How a request that was begun goes on.
+enum Begun {
+    Answer { status: u8, written: u64 },
+    HandOn(Op),
+}
+
+impl State {
+    /// Requests that the pool has now.
+    fn still_running(&self) -> usize {
+        self.outstanding - self.parked.len()
+    }
+
+    /// Changes what the guest is signalled by. It may have missed a signal meanwhile, so it gets one.
+    pub(super) fn set_call(&mut self, call: Option<OwnedFd>) {
+        if let Some(call) = &call {
+            signal(call.as_fd());
+        }
+        self.call = call;
+    }
+
+    /// One look at everything there may be to do.
+    fn round(&mut self, queue: &Arc<Queue>) -> Round {
+        let mut worked = self.take_results(queue);
+        if queue.give_up.load(Ordering::SeqCst) {
+            self.signal_guest();
+            return Round::Ended;
+        }
+        if queue.stop.load(Ordering::SeqCst) {
+            self.signal_guest();
+            return match (self.still_running() == 0, worked) {
+                (true, _) => Round::Ended,
+                (false, true) => Round::Worked,
+                (false, false) => Round::Nothing,
+            };
+        }
+        if self.may_take(queue) && (!self.again.is_empty() || !self.parked.is_empty() || self.ring.has_more())
+        {
+            if let Some(device) = queue.device.slot.enter() {
+                worked |= self.take_requests(queue, &*device);
+            }
+        }
+        self.signal_guest();
+        if worked { Round::Worked } else { Round::Nothing }
+    }
+
+    /// Whether requests may be taken, apart from whether the disk is there.
+    fn may_take(&self, queue: &Queue) -> bool {
+        !self.broken
+            && self.outstanding_bytes < HANDED_ON_BYTES
+            && queue.device.orphans.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether there is something to do, after asking to be woken for whatever comes later.
+    fn must_look(&mut self, queue: &Queue) -> bool {
+        queue.has_results.load(Ordering::Acquire)
+            || (queue.stop.load(Ordering::SeqCst) && self.still_running() == 0)
+            || queue.give_up.load(Ordering::SeqCst)
+            || (!queue.stop.load(Ordering::SeqCst)
+                && self.may_take(queue)
+                && queue.device.slot.enter().is_some()
+                && (!self.again.is_empty() || !self.parked.is_empty() || self.ring.ask_for_kicks()))
+    }
+
+    fn take_requests(&mut self, queue: &Arc<Queue>, device: &dyn BlockDev) -> bool {
+        let mut worked = !self.parked.is_empty();
+        for (head, op) in std::mem::take(&mut self.parked) {
+            queue.hand_on(head, op);
+        }
+        for _ in 0..ROUND_REQUESTS {
+            if !self.may_take(queue) {
+                break;
+            }
+            let again = self.again.pop_front();
+            let next = match again {
+                Some(head) => Ok(Some(head)),
+                None => self.ring.pop(),
+            };
+            match next {
+                Ok(None) => break,
+                Ok(Some(head)) => {
+                    worked = true;
+                    if let (None, Some(inflight)) = (again, &mut self.inflight) {
+                        inflight.take(head);
+                    }
+                    if let Err(bad) = self.serve(queue, device, head) {
+                        self.break_ring(queue, bad);
+                    }
+                }
+                Err(bad) => self.break_ring(queue, bad),
+            }
+        }
+        worked
+    }
+
+    /// Begins one request, and answers it or hands it on.
+    fn serve(&mut self, queue: &Arc<Queue>, device: &dyn BlockDev, head: u16) -> Result<(), BadRing> {
+        if self.pending.get(usize::from(head)).is_none_or(Option::is_some) {
+            return Err(BadRing("a request that is made twice"));
+        }
+        self.ring.chain(&self.ram, head, &mut self.chain)?;
+        let status = split_status(&mut self.chain).ok_or(BadRing("a request without room for its status"))?;
+        queue.device.stats.requests.fetch_add(1, Ordering::Relaxed);
+        match self.begin(&queue.device, device) {
+            Begun::Answer { status: code, written } => {
+                if written > 0 && self.dirty.wanted() {
+                    mark_all(&self.dirty, &self.ram, &self.chain.writable, written);
+                }
+                self.answer(head, status, code, written);
+            }
+            Begun::HandOn(op) => {
+                let pending = Pending {
+                    data: self.chain.writable.clone(),
+                    status,
+                    bytes: op.bytes(),
+                    ram: self.ram.clone(),
+                };
+                self.outstanding += 1;
+                self.outstanding_bytes += pending.bytes;
+                if let Some(slot) = self.pending.get_mut(usize::from(head)) {
+                    *slot = Some(pending);
+                }
+                queue.hand_on(head, op);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what the request in `chain` asks for, as far as it can be done without waiting.
+    fn begin(&mut self, shared: &Device, device: &dyn BlockDev) -> Begun {
+        let fail = |status| Begun::Answer { status, written: 0 };
+        let identity = &shared.identity;
+        match blk::ask(&self.chain.readable) {
+            None => fail(blk::S_IOERR),
+            Some(Ask::Read { offset }) => self.begin_read(shared, device, offset),
+            Some(Ask::Write { .. } | Ask::Discard | Ask::WriteZeroes) if identity.read_only => {
+                fail(blk::S_IOERR)
+            }
+            Some(Ask::Write { offset }) => self.begin_write(shared, device, offset),
+            Some(Ask::Flush) => Begun::HandOn(Op::Flush),
+            Some(Ask::GetId) => {
+                let mut id = [0; 20];
+                for (to, from) in id.iter_mut().zip(identity.serial.bytes()) {
+                    *to = from;
+                }
+                let room: usize = self.chain.writable.iter().map(|seg| seg.len).sum();
+                let id = id.get(..room.min(20)).unwrap_or(&id);
+                copy_out(&self.chain.writable, id);
+                Begun::Answer { status: blk::S_OK, written: id.len() as u64 }
+            }
+            Some(ask @ (Ask::Discard | Ask::WriteZeroes)) => {
+                match blk::ranges(identity, &self.chain.readable, ask == Ask::Discard) {
+                    Err(status) => fail(status),
+                    Ok(ranges) if ask == Ask::Discard => Begun::HandOn(Op::Discard(ranges)),
+                    Ok(ranges) => Begun::HandOn(Op::WriteZeroes(ranges)),
+                }
+            }
+            Some(Ask::Other) => fail(blk::S_UNSUPP),
+        }
+    }
+
+    fn begin_read(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
+        self.buffers.set(&self.chain.writable, 0);
+        let len = self.buffers.bytes();
+        if !shared.identity.holds(offset, len) {
+            return Begun::Answer { status: blk::S_IOERR, written: 0 };
+        }
+        match self.buffers.write_to(&self.ram, |into| device.read_now(offset, into)) {
+            Ok(true) => {
+                shared.stats.read_bytes.fetch_add(len, Ordering::Relaxed);
+                Begun::Answer { status: blk::S_OK, written: len }
+            }
+            Ok(false) => Begun::HandOn(Op::Read { offset, len: usize::try_from(len).unwrap_or(0) }),
+            // The guest may have got a part of it; the pages must be known to have changed.
+            Err(error) => Begun::Answer { status: shared.complain(&error), written: len },
+        }
+    }
+
+    fn begin_write(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
+        self.buffers.set(&self.chain.readable, blk::HEADER_BYTES);
+        let len = self.buffers.bytes();
+        if !shared.identity.holds(offset, len) {
+            return Begun::Answer { status: blk::S_IOERR, written: 0 };
+        }
+        match self.buffers.read_from(&self.ram, |from| device.write_now(offset, from)) {
+            Ok(true) => {
+                shared.stats.written_bytes.fetch_add(len, Ordering::Relaxed);
+                if self.write_through {
+                    return Begun::HandOn(Op::Flush);
+                }
+                Begun::Answer { status: blk::S_OK, written: 0 }
+            }
+            Ok(false) => {
+                let mut data = vec![0; usize::try_from(len).unwrap_or(0)];
+                super::guest_ram::copy_in(&self.chain.readable, blk::HEADER_BYTES, &mut data);
+                Begun::HandOn(Op::Write { offset, data, then_flush: self.write_through })
+            }
+            Err(error) => Begun::Answer { status: shared.complain(&error), written: 0 },
+        }
+    }
+
+    /// Answers what the pool has done.
+    fn take_results(&mut self, queue: &Arc<Queue>) -> bool {
+        if !queue.has_results.swap(false, Ordering::Acquire) {
+            return false;
+        }
+        let results = std::mem::take(&mut queue.results.lock().list);
+        let worked = !results.is_empty();
+        for (head, done) in results {
+            let result = match done {
+                Done::Ended(result) => result,
+                Done::Parked(op) => {
+                    self.parked.push((head, op));
+                    continue;
+                }
+            };
+            let Some(pending) = self.pending.get_mut(usize::from(head)).and_then(Option::take) else {
+                continue;
+            };
+            self.outstanding -= 1;
+            self.outstanding_bytes -= pending.bytes;
+            let (status, written) = match result {
+                Ok(data) => {
+                    copy_out(&pending.data, &data);
+                    queue.device.stats.read_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+                    mark_all(&self.dirty, &pending.ram, &pending.data, data.len() as u64);
+                    (blk::S_OK, data.len() as u64)
+                }
+                Err(error) => (queue.device.complain(&error), 0),
+            };
+            self.answer(head, pending.status, status, written);
+        }
+        worked
+    }
+
+    /// Answers one request: status, used ring, in-flight record, in the order that a crash cannot hurt.
+    fn answer(&mut self, head: u16, status_at: Seg, status: u8, written: u64) {
+        copy_out(&[status_at], &[status]);
+        self.ring.put_used(head, u32::try_from(written + 1).unwrap_or(u32::MAX));
+        if let Some(inflight) = &self.inflight {
+            inflight.about_to_answer(head);
+        }
+        let used_idx = self.ring.publish();
+        if let Some(inflight) = &self.inflight {
+            inflight.answered(head, used_idx);
+        }
+        if self.dirty.wanted() {
+            self.dirty.mark(&self.ram, status_at.gpa, 1);
+            let (gpa, log_at, len) = self.ring.used_range();
+            self.dirty.mark_used(&self.ram, gpa, log_at, len);
+        }
+        self.unsignalled += 1;
+        if self.unsignalled >= SIGNAL_EVERY {
+            self.signal_guest();
+        }
+    }
+
+    fn signal_guest(&mut self) {
+        if self.unsignalled == 0 {
+            return;
+        }
+        self.unsignalled = 0;
+        if self.ring.wants_signal()
+            && let Some(call) = &self.call
+        {
+            signal(call.as_fd());
+        }
+    }
+
+    /// Stops serving a ring that makes no sense, and says so.
+    fn break_ring(&mut self, queue: &Queue, bad: BadRing) {
+        self.broken = true;
+        queue.device.complaints.log(&format_args!("a guest's ring is stopped: {}", bad.0));
+        if let Some(err) = &self.err {
+            signal(err.as_fd());
+        }
+    }
+}
+
+impl Device {
+    /// Logs a failed request; the status to answer with.
+    fn complain(&self, error: &Error) -> u8 {
+        self.stats.errors.fetch_add(1, Ordering::Relaxed);
+        self.complaints.log(&format_args!("a guest's request failed: {error}"));
+        blk::S_IOERR
+    }
+}
+
+/// Takes the last writable byte off the chain: the status goes there.
+fn split_status(chain: &mut Chain) -> Option<Seg> {
+    let last = chain.writable.last_mut()?;
+    let status = last.take_last()?;
+    if last.len == 0 {
+        chain.writable.pop();
+    }
+    Some(status)
+}
+
+/// Marks the first `len` bytes of `segs`.
+fn mark_all(dirty: &Dirty, ram: &GuestRam, segs: &[Seg], mut len: u64) {
+    for seg in segs {
+        let part = len.min(seg.len as u64);
+        dirty.mark(ram, seg.gpa, part);
+        len -= part;
+    }
+}
+
+/// How long the thread keeps looking before it sleeps: longer while requests come soon after each other.
+struct Spin {
+    max: Duration,
+    window: Duration,
+    since: Option<Instant>,
+}
+
+impl Spin {
+    fn new(max: Duration) -> Self {
+        Self { max, window: max, since: None }
+    }
+
+    fn worked(&mut self) {
+        self.since = None;
+    }
+
+    /// Whether to look once more; the first look after work starts the clock.
+    fn again(&mut self) -> bool {
+        match self.since {
+            None => {
+                self.since = Some(Instant::now());
+                !self.window.is_zero()
+            }
+            Some(since) => since.elapsed() < self.window,
+        }
+    }
+
+    /// Learns from how long it then slept: a short sleep should have been waited out, a long one not.
+    fn slept(&mut self, slept: Duration) {
+        self.since = None;
+        self.window =
+            if slept < self.max { (self.window * 2).clamp(self.max / 8, self.max) } else { self.window / 2 };
+        if self.window < self.max / 16 {
+            self.window = Duration::ZERO;
+        }
+    }
+}
+
+/// What a sleeping thread waits for: kicks of the guest, wakes of our own.
+struct Sleep {
+    epoll: OwnedFd,
+    // Kept open as long as the interest in it.
+    _kick: Option<OwnedFd>,
+    polled: bool,
+}
+
+impl Sleep {
+    fn new(waker: &Arc<Waker>, kick: Option<OwnedFd>) -> Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).context("make an epoll descriptor")?;
+        // Edge-triggered: every kick wakes once, and the counters need not be read.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, waker.as_fd(), epoll::EventData::new_u64(0), flags).context("watch for wakes")?;
+        if let Some(kick) = &kick {
+            epoll::add(&epoll, kick, epoll::EventData::new_u64(1), flags).context("watch for kicks")?;
+        }
+        Ok(Self { epoll, polled: kick.is_none(), _kick: kick })
+    }
+
+    /// Waits for an event; not longer than some milliseconds if nobody will tell.
+    fn wait(&self, soon: bool) {
+        let limit = (soon || self.polled).then_some(rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: if soon { 20_000_000 } else { 1_000_000 },
+        });
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 2];
+        // An interrupted wait is a look too many, nothing worse.
+        let _ = epoll::wait(&self.epoll, &mut events, limit.as_ref());
+    }
+}

@@ -1,0 +1,292 @@
+//! A vhost-user-blk device on a unix socket: one front-end at a time, as often as it comes back.
+//!
+//! ```text
+//!   bind ──▶ waiting ──accept──▶ serving ──front-end gone──▶ rings stopped ──▶ waiting … ──stop──▶ ended
+//! ```
+//!
+//! QEMU connects when it starts and again after this process was restarted; the socket's path is all they share.
+//!
+//! Invariant: a second front-end waits until the first is gone and its requests have ended.
+//!
+//! Not here: the conversation (`frontend`).
+
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use super::blk::Identity;
+use super::dirty::WriteTracker;
+use super::event::Waker;
+use super::frontend::Frontend;
+use super::pool::Pool;
+use super::queue::{Complaints, Device, Stats};
+use super::slot::DeviceSlot;
+use super::socket::{SocketOwner, listen};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// How a device is offered.
+#[derive(Clone, Debug)]
+pub struct VhostUserOptions {
+    /// Most queues a guest may use, one thread each; 1 to 64.
+    pub queues: u16,
+    /// Most entries of a queue; a power of two.
+    pub max_queue_size: u16,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What a guest sees as the disk's serial number; the first 20 bytes count.
+    pub serial: String,
+    /// Who may connect; our own user with mode 0600 if not said.
+    pub owner: Option<SocketOwner>,
+    /// Threads for requests that wait for other hosts, stores or flushes.
+    pub workers: usize,
+    /// How long a stopping ring waits for its requests.
+    pub drain_limit: Duration,
+    /// Longest time a queue looks for more work before it sleeps; zero: never.
+    pub busy_poll: Duration,
+}
+
+impl Default for VhostUserOptions {
+    fn default() -> Self {
+        Self {
+            queues: 4,
+            max_queue_size: 1024,
+            read_only: false,
+            serial: String::new(),
+            owner: None,
+            workers: 32,
+            drain_limit: Duration::from_secs(20),
+            busy_poll: Duration::from_micros(50),
+        }
+    }
+}
+
+/// What a device has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExportCounters {
+    /// Requests taken.
+    pub requests: u64,
+    /// Bytes read by guests.
+    pub read_bytes: u64,
+    /// Bytes written by guests.
+    pub written_bytes: u64,
+    /// Requests that had to wait for another host, a store or a flush.
+    pub handed_on: u64,
+    /// Requests answered with an error of the disk.
+    pub errors: u64,
+}
+
+type Current = Option<(Arc<Mutex<Frontend>>, UnixStream)>;
+
+struct Shared {
+    device: Arc<Device>,
+    options: VhostUserOptions,
+    path: PathBuf,
+    waker: Waker,
+    stop: AtomicBool,
+    current: parking_lot::Mutex<Current>,
+    tracker: parking_lot::Mutex<Option<WriteTracker>>,
+}
+
+/// A device that is being served. Dropping it ends the service.
+pub struct VhostUserServer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VhostUserServer {
+    /// Binds `path` and serves the slot's disk there, from a thread of its own.
+    pub fn start(path: &Path, slot: DeviceSlot, options: VhostUserOptions) -> Result<Self> {
+        if !(1..=64).contains(&options.queues) || !options.max_queue_size.is_power_of_two() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("serve {} queues of up to {} entries", options.queues, options.max_queue_size),
+            ));
+        }
+        let listener = listen(path, options.owner)?;
+        listener.set_nonblocking(true).with_context(|| format!("listen on {}", path.display()))?;
+        let device = Device {
+            identity: Identity {
+                size_bytes: slot.size_bytes(),
+                read_only: options.read_only,
+                queues: options.queues,
+                serial: options.serial.clone(),
+            },
+            slot,
+            pool: Pool::new("vub-wait", options.workers),
+            busy_poll: options.busy_poll,
+            orphans: AtomicUsize::new(0),
+            stats: Stats::default(),
+            complaints: Complaints::default(),
+        };
+        let shared = Arc::new(Shared {
+            device: Arc::new(device),
+            options,
+            path: path.to_owned(),
+            waker: Waker::new()?,
+            stop: AtomicBool::new(false),
+            current: parking_lot::Mutex::new(None),
+            tracker: parking_lot::Mutex::new(None),
+        });
+        let run = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("vub-serve".to_owned())
+            .spawn(move || run.serve(&listener))
+            .context("start a thread for a device")?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Where front-ends connect.
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    /// The disk being served, or the place for it.
+    pub fn slot(&self) -> &DeviceSlot {
+        &self.shared.device.slot
+    }
+
+    /// Whether a front-end is connected now.
+    pub fn connected(&self) -> bool {
+        self.shared.current.lock().is_some()
+    }
+
+    /// Has every page of guest RAM that this device writes from now on marked in `tracker`; `None` ends that. A
+    /// page is marked after it was written, and before the guest learns that its request is done.
+    pub fn track_writes(&self, tracker: Option<WriteTracker>) {
+        *self.shared.tracker.lock() = tracker.clone();
+        let current = self.shared.current.lock().as_ref().map(|(frontend, _)| frontend.clone());
+        if let Some(frontend) = current {
+            lock(&frontend).track_writes(tracker);
+        }
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> ExportCounters {
+        let stats = &self.shared.device.stats;
+        ExportCounters {
+            requests: stats.requests.load(Ordering::Relaxed),
+            read_bytes: stats.read_bytes.load(Ordering::Relaxed),
+            written_bytes: stats.written_bytes.load(Ordering::Relaxed),
+            handed_on: stats.handed_on.load(Ordering::Relaxed),
+            errors: stats.errors.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends the service: rings are stopped, the socket is removed.
+    pub fn stop(mut self) -> Result<()> {
+        self.shut_down()
+    }
+
+    fn shut_down(&mut self) -> Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.waker.wake();
+        if let Some((_, stream)) = &*self.shared.current.lock() {
+            // A connection that is gone already is what we want.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        let panicked = thread.join().is_err();
+        // A socket that somebody else removed or replaced is not ours to care for.
+        let _ = std::fs::remove_file(&self.shared.path);
+        if panicked {
+            return Err(Error::new(ErrorKind::Internal, "stop device: its thread panicked"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for VhostUserServer {
+    fn drop(&mut self) {
+        if let Err(error) = self.shut_down() {
+            tracing::error!(%error, "stop device");
+        }
+    }
+}
+
+/// Locks a front-end; a message that panicked half-way leaves one whose rings can still be stopped.
+fn lock(frontend: &Mutex<Frontend>) -> std::sync::MutexGuard<'_, Frontend> {
+    frontend.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn serve(&self, listener: &UnixListener) {
+        while let Some(stream) = self.accept(listener) {
+            if let Err(error) = self.converse(stream) {
+                tracing::warn!(socket = %self.path.display(), %error, "front-end");
+            }
+        }
+    }
+
+    /// The next connection; `None` when the service ends.
+    fn accept(&self, listener: &UnixListener) -> Option<UnixStream> {
+        loop {
+            self.waker.prepare();
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if stream.set_nonblocking(false).is_ok() {
+                        return Some(stream);
+                    }
+                    continue;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    // Out of descriptors, most likely: not for long, one hopes.
+                    self.device.complaints.log(&format_args!("accept a front-end: {error}"));
+                    std::thread::sleep(Duration::from_millis(200));
+                    continue;
+                }
+            }
+            let mut fds = [
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.waker.as_fd(), PollFlags::IN),
+            ];
+            // An interrupted poll is a look too many, nothing worse.
+            let _ = poll(&mut fds, None);
+        }
+    }
+
+    /// Talks with one front-end until it is gone.
+    fn converse(&self, stream: UnixStream) -> Result<()> {
+        let mut frontend =
+            Frontend::new(self.device.clone(), self.options.max_queue_size, self.options.drain_limit);
+        frontend.track_writes(self.tracker.lock().clone());
+        let frontend = Arc::new(Mutex::new(frontend));
+        let copy = stream.try_clone().context("copy a connection")?;
+        *self.current.lock() = Some((frontend.clone(), copy));
+        tracing::debug!(socket = %self.path.display(), "front-end connected");
+        let mut handler = BackendReqHandler::from_stream(stream, frontend.clone());
+        let result = loop {
+            if self.stop.load(Ordering::SeqCst) {
+                break Ok(());
+            }
+            match handler.handle_request() {
+                Ok(()) => {}
+                Err(VhostError::SocketRetry(_)) => {}
+                Err(VhostError::Disconnected) => break Ok(()),
+                Err(VhostError::SocketBroken(_)) => break Ok(()),
+                Err(error) => {
+                    break Err(Error::with_source(
+                        ErrorKind::InvalidInput,
+                        "handle a front-end's message",
+                        error,
+                    ));
+                }
+            }
+        };
+        // Rings first: what was taken is still answered, the front-end may only have lost us.
+        lock(&frontend).stop_all();
+        *self.current.lock() = None;
+        tracing::debug!(socket = %self.path.display(), "front-end gone");
+        result
+    }
+}

@@ -1,0 +1,218 @@
+//! Where an export finds its disk: a place that may be empty, filled or closed while clients are connected.
+//!
+//! ```text
+//!            activate(device)            fence(limit)
+//!  Standby ───────────────────▶ Active ───────────────▶ Fenced
+//!  requests wait                 ▲      the disk is served  │ requests wait
+//!                                └────── activate(device) ──┘
+//! ```
+//!
+//! At a migration's target the export exists before COMMIT, because QEMU asks for features and size when it starts;
+//! the disk comes with `activate`. At the source `fence` returns when the last write that could still change the
+//! volume has returned, which is what lets the target start.
+//!
+//! Invariants
+//! * The size never changes; `activate` refuses a device of another size.
+//! * Every write, flush, discard runs inside an [`Entered`]; `fence` waits for all of them.
+
+use std::ops::Deref;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, MappedRwLockReadGuard, Mutex, RwLock, RwLockReadGuard};
+
+use super::event::Waker;
+use crate::block_dev::BlockDev;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a [`DeviceSlot`] does with requests now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotState {
+    /// Not served yet: requests wait.
+    Standby,
+    /// Requests reach the disk.
+    Active,
+    /// No longer served: requests wait, and nothing of the disk is touched.
+    Fenced,
+}
+
+enum State {
+    Standby,
+    Active(Arc<dyn BlockDev>),
+    Fenced,
+}
+
+struct Shared {
+    size_bytes: u64,
+    state: RwLock<State>,
+    // Told about `activate`: threads that sleep on their own eventfd, and those that wait on the condition.
+    sleepers: Mutex<Vec<Weak<Waker>>>,
+    activated: Condvar,
+}
+
+/// See the module's charter. Clones are the same slot.
+#[derive(Clone)]
+pub struct DeviceSlot {
+    shared: Arc<Shared>,
+}
+
+impl DeviceSlot {
+    /// A slot that waits for its disk of `size_bytes`.
+    pub fn standby(size_bytes: u64) -> Self {
+        Self::with(size_bytes, State::Standby)
+    }
+
+    /// A slot that serves `device` at once.
+    pub fn active(device: Arc<dyn BlockDev>) -> Self {
+        Self::with(device.size_bytes(), State::Active(device))
+    }
+
+    fn with(size_bytes: u64, state: State) -> Self {
+        let shared = Shared {
+            size_bytes,
+            state: RwLock::new(state),
+            sleepers: Mutex::new(Vec::new()),
+            activated: Condvar::new(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Size of the disk, bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.shared.size_bytes
+    }
+
+    /// What happens to requests now.
+    pub fn state(&self) -> SlotState {
+        match *self.shared.state.read() {
+            State::Standby => SlotState::Standby,
+            State::Active(_) => SlotState::Active,
+            State::Fenced => SlotState::Fenced,
+        }
+    }
+
+    /// Serves `device` from now on; requests that waited are done first. [`ErrorKind::InvalidInput`] if its
+    /// size is not the one that clients were told.
+    pub fn activate(&self, device: Arc<dyn BlockDev>) -> Result<()> {
+        if device.size_bytes() != self.shared.size_bytes {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "serve a disk of {} bytes where clients were told {} bytes",
+                    device.size_bytes(),
+                    self.shared.size_bytes
+                ),
+            ));
+        }
+        *self.shared.state.write() = State::Active(device);
+        let mut sleepers = self.shared.sleepers.lock();
+        sleepers.retain(|sleeper| sleeper.upgrade().map(|waker| waker.wake()).is_some());
+        self.shared.activated.notify_all();
+        Ok(())
+    }
+
+    /// Stops serving: when this returns `Ok`, no request of any client is running on the disk or will run.
+    /// [`ErrorKind::TimedOut`], and still serving, if a running request did not end within `limit`.
+    pub fn fence(&self, limit: Duration) -> Result<()> {
+        match self.shared.state.try_write_for(limit) {
+            Some(mut state) => {
+                *state = State::Fenced;
+                Ok(())
+            }
+            None => Err(Error::new(
+                ErrorKind::TimedOut,
+                format!("fence disk: a request is still running after {} ms", limit.as_millis()),
+            )),
+        }
+    }
+
+    /// The disk, held against [`DeviceSlot::fence`] until the answer is dropped; `None` while it is not served.
+    pub(super) fn enter(&self) -> Option<Entered<'_>> {
+        let held = RwLockReadGuard::try_map(self.shared.state.read(), |state| match state {
+            State::Active(device) => Some(&**device),
+            State::Standby | State::Fenced => None,
+        });
+        held.ok().map(Entered)
+    }
+
+    /// As [`DeviceSlot::enter`], but waits up to `limit` for `activate`.
+    pub(super) fn enter_within(&self, limit: Duration) -> Option<Entered<'_>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            // Taken before the look, so that an `activate` in between is not missed.
+            let mut sleepers = self.shared.sleepers.lock();
+            if let Some(entered) = self.enter() {
+                return Some(entered);
+            }
+            if self.shared.activated.wait_until(&mut sleepers, deadline).timed_out() {
+                return None;
+            }
+        }
+    }
+
+    /// The disk for a read that may take long, not held against a fence: a read cannot harm the next holder.
+    pub(super) fn reader(&self) -> Option<Arc<dyn BlockDev>> {
+        match &*self.shared.state.read() {
+            State::Active(device) => Some(device.clone()),
+            State::Standby | State::Fenced => None,
+        }
+    }
+
+    /// Has `waker` woken at every `activate`, for as long as it exists.
+    pub(super) fn wake_on_activate(&self, waker: &Arc<Waker>) {
+        let mut sleepers = self.shared.sleepers.lock();
+        sleepers.retain(|sleeper| sleeper.strong_count() > 0);
+        sleepers.push(Arc::downgrade(waker));
+    }
+}
+
+/// The disk, held against being fenced.
+pub(super) struct Entered<'a>(MappedRwLockReadGuard<'a, dyn BlockDev>);
+
+impl Deref for Entered<'_> {
+    type Target = dyn BlockDev;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::export::test_device::RamDevice;
+
+    #[test]
+    fn requests_wait_until_the_disk_is_there_and_again_after_it_is_fenced() {
+        let slot = DeviceSlot::standby(1 << 20);
+        assert!(slot.enter().is_none());
+        assert!(slot.enter_within(Duration::from_millis(5)).is_none());
+
+        let waiting = slot.clone();
+        let waiter = std::thread::spawn(move || waiting.enter_within(Duration::from_secs(20)).is_some());
+        slot.activate(Arc::new(RamDevice::new(1 << 20))).unwrap();
+        assert!(waiter.join().unwrap());
+
+        slot.fence(Duration::from_secs(1)).unwrap();
+        assert_eq!(slot.state(), SlotState::Fenced);
+        assert!(slot.enter().is_none());
+    }
+
+    #[test]
+    fn a_fence_waits_for_the_running_request_and_gives_up_at_its_limit() {
+        let slot = DeviceSlot::active(Arc::new(RamDevice::new(1 << 20)));
+        let entered = slot.enter().unwrap();
+        let error = slot.fence(Duration::from_millis(10)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert_eq!(slot.state(), SlotState::Active);
+        drop(entered);
+        slot.fence(Duration::from_millis(10)).unwrap();
+    }
+
+    #[test]
+    fn a_disk_of_another_size_is_refused() {
+        let slot = DeviceSlot::standby(1 << 20);
+        let error = slot.activate(Arc::new(RamDevice::new(2 << 20))).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+}
