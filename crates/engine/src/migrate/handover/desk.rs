@@ -52,6 +52,12 @@ impl Desk {
         out.push(Action::Cas(id, Box::new(cas)));
     }
 
+    /// Whatever is under way, its answer no longer counts.
+    pub(super) fn forget(&mut self) {
+        self.pending = None;
+        self.again_at = None;
+    }
+
     /// Reads at `at`, unless something else is asked before.
     pub(super) fn read_at(&mut self, at: Time) {
         self.again_at = Some(at);

@@ -718,7 +718,9 @@ impl Source {
 
     fn clear(&mut self, now: Time, out: &mut Out) {
         self.go(now, State::Clearing);
-        self.desk.read_anew(now, out);
+        // The answer to an older change must not be taken for that of the change to come.
+        self.desk.forget();
+        self.desk.read(now, out);
     }
 
     fn settle(&mut self, now: Time, attempt: bool, out: &mut Out) {

@@ -408,9 +408,7 @@ impl Target {
                 self.discard(Outcome::Stayed(error), out);
             }
             (TargetWork::Resume, State::Resuming) if may_have_run || self.may_have_run => {
-                self.why = Outcome::Crashed(error);
-                self.state = State::MarkingCrashed;
-                self.desk.read_anew(now, out);
+                self.crashed(now, error, out);
             }
             (TargetWork::Resume, State::Resuming) if !self.rebuilt => self.rebuild(out),
             (TargetWork::Resume, State::Resuming) | (TargetWork::Rebuild, State::Rebuilding) => {
@@ -490,7 +488,7 @@ impl Target {
                 let error = WireError::new(ErrorKind::Refused, "the attempt was taken out of the record");
                 self.discard(Outcome::Stayed(error), out);
             }
-            (State::Ready, TargetView::Mine) => self.take(out),
+            (State::Ready, TargetView::Mine) => self.take(now, out),
             (State::Ready, TargetView::Over(holder)) => {
                 let outcome = self.over(holder);
                 self.discard(outcome, out);
@@ -535,24 +533,30 @@ impl Target {
     }
 
     /// The record names this host: the VM is ours to run.
-    fn take(&mut self, out: &mut Out) {
+    fn take(&mut self, now: Time, out: &mut Out) {
         // After a restart that may come after `resume`: a later entry is not replaced by an earlier one.
         if self.step < Step::Commit {
             self.journal(Step::Commit, Course::Onward, out);
             self.enter(Step::Commit, State::Resuming, out);
         }
-        if self.broken.is_some() {
-            self.rebuild(out);
-        } else {
-            self.resume(out);
+        match self.broken.take() {
+            None => self.resume(out),
+            Some(error) if self.may_have_run => self.crashed(now, error, out),
+            Some(_) => self.rebuild(out),
         }
     }
 
     fn rebuild(&mut self, out: &mut Out) {
-        self.broken = None;
         self.rebuilt = true;
         self.state = State::Rebuilding;
         out.push(Action::Do(TargetWork::Rebuild));
+    }
+
+    /// The guest has run here and is gone, or may have: giving it back would take it back in time.
+    fn crashed(&mut self, now: Time, error: WireError, out: &mut Out) {
+        self.why = Outcome::Crashed(error);
+        self.state = State::MarkingCrashed;
+        self.desk.read_anew(now, out);
     }
 
     fn resume(&mut self, out: &mut Out) {
