@@ -67,6 +67,11 @@ fn home() -> PathBuf {
     paths::target().join("guest")
 }
 
+/// Where kernel and initrd lie once they are built; the disk is left empty.
+pub fn boot_files() -> Image {
+    Image { kernel: home().join("kernel/vmlinuz"), initrd: home().join("initrd.img"), disk: PathBuf::new() }
+}
+
 /// The small image: kernel, busybox and the workload.
 pub fn tiny() -> Result<Image> {
     let (kernel, initrd, program) = common()?;

@@ -46,12 +46,8 @@ impl Purpose {
             Purpose::Build => &[
                 ("gcc", Some("cc")),
                 ("libc6-dev", None),
-                ("make", Some("make")),
-                ("cmake", Some("cmake")),
-                ("pkg-config", Some("pkg-config")),
                 ("protobuf-compiler", Some("protoc")),
                 ("libprotobuf-dev", None),
-                ("git", Some("git")),
                 ("ca-certificates", None),
             ],
             Purpose::Run => &[

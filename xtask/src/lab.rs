@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-pub use enter::{enter, keep_running, leave, own_directory};
+pub use enter::{enter, inside, keep_running, own_directory, prepared};
 pub use host::{Host, VmArgs, VmSockets};
 pub use net::Link;
 
@@ -112,6 +112,20 @@ impl Lab {
         }
         Ok(())
     }
+}
+
+/// The process of a VM's QEMU, on whatever host of this lab.
+pub fn qemu_pid(vm: &str) -> Result<u32> {
+    for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let first = line.split(' ').next().unwrap_or_default();
+        if first.contains("qemu-system") && line.contains(&format!("/{vm}/")) {
+            return Ok(pid);
+        }
+    }
+    anyhow::bail!("find the process of vm {vm}: there is none")
 }
 
 /// Bind-mounts `what` below `under`, where anybody can reach it.

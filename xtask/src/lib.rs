@@ -2,7 +2,11 @@
 //!
 //! ```text
 //!   main.rs ─ command line
-//!     ├─ install.rs  Debian packages, by purpose           ├─ qemu.rs   two QEMU versions under target/
+//!     ├─ demo.rs   the product's main job, shown          ├─ check.rs  `test`: everything CI wants; tidy.rs
+//!     ├─ e2e.rs    scenarios on real agents               └─ bench/    peers and us, side by side
+//!     │      └─ flight.rs  one VM through its moves ─ beat.rs, status.rs, tcp.rs listen to it
+//!     ├─ lab.rs    several hosts on one machine           ├─ qemu.rs   two QEMU versions under target/
+//!     ├─ guest.rs  guest images                           ├─ install.rs  Debian packages, by purpose
 //!     └─ apt.rs, cmd.rs, paths.rs  the machine underneath
 //! ```
 //!
@@ -13,10 +17,16 @@
 
 pub mod apt;
 pub mod beat;
+pub mod check;
 pub mod cmd;
+pub mod demo;
+pub mod e2e;
+pub mod flight;
 pub mod guest;
 pub mod install;
 pub mod lab;
 pub mod paths;
 pub mod qemu;
 pub mod status;
+pub mod tcp;
+pub mod tidy;

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use xtask::{beat, guest, install};
+use xtask::qemu::Version;
+use xtask::{beat, check, demo, e2e, guest, install, tidy};
 
 /// Demo, test, bench, tidy and guest images.
 #[derive(Parser)]
@@ -17,6 +18,53 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Cmd {
+    /// Publishes an image, boots a real VM from it on one host, and moves it live to another.
+    Demo {
+        /// Print one JSON object as the last line.
+        #[arg(long)]
+        json: bool,
+        /// Use this disk image instead of a Debian made for it.
+        #[arg(long, value_name = "FILE")]
+        image: Option<PathBuf>,
+        /// Leave both hosts up.
+        #[arg(long)]
+        keep: bool,
+        /// Never install packages.
+        #[arg(long)]
+        no_install: bool,
+        /// 7.2 or 10.0
+        #[arg(long)]
+        qemu: Option<Version>,
+    },
+    /// Everything continuous integration wants to hold.
+    Test {
+        /// Soaks and long fuzzing too.
+        #[arg(long)]
+        long: bool,
+        /// Never install packages.
+        #[arg(long)]
+        no_install: bool,
+    },
+    /// End-to-end scenarios on two real agents.
+    E2e {
+        /// 7.2 or 10.0
+        #[arg(long, default_value = "10.0")]
+        qemu: Version,
+        /// The product's program; built if not given.
+        #[arg(long)]
+        program: Option<PathBuf>,
+        /// More rounds.
+        #[arg(long)]
+        long: bool,
+        /// Only scenarios whose name contains one of these.
+        only: Vec<String>,
+    },
+    /// House rules that no compiler checks.
+    Tidy {
+        /// Write docs/cli.md from the program's help.
+        #[arg(long)]
+        write_cli: bool,
+    },
     /// Makes the QEMU versions under test ready and prints their directories.
     Qemu,
     /// Listens to the beat of a guest on the sockets of its QEMUs and prints a line of JSON every second.
@@ -52,6 +100,24 @@ fn main() -> ExitCode {
 
 fn dispatch(command: &Cmd) -> Result<()> {
     match command {
+        Cmd::Demo { json, image, keep, no_install, qemu } => demo::run(&demo::Options {
+            json: *json,
+            image: image.clone(),
+            keep: *keep,
+            no_install: *no_install,
+            qemu: *qemu,
+        })?,
+        Cmd::Test { long, no_install } => {
+            check::run_all(&check::Options { long: *long, no_install: *no_install })?;
+        }
+        Cmd::E2e { qemu, program, long, only } => e2e::run(&e2e::Options {
+            qemu: *qemu,
+            program: program.clone(),
+            only: only.clone(),
+            long: *long,
+        })?,
+        Cmd::Tidy { write_cli: true } => tidy::cli_docs(&check::build(false)?, true)?,
+        Cmd::Tidy { write_cli: false } => tidy::run()?,
         Cmd::Qemu => {
             for q in xtask::qemu::ensure_all()? {
                 println!("{} {}", q.version.name(), q.bin.display());

@@ -105,11 +105,29 @@ pub fn ensure(version: Version) -> Result<Qemu> {
         }
     }
     let qemu = Qemu { version, bin };
-    let said = capture(cmd(qemu.system(), &["--version"]).env_remove("LD_LIBRARY_PATH"))?;
-    if !said.contains(&format!("version {}", version.prefix())) {
-        bail!("{} reports {said:?}, not {}", qemu.system().display(), version.name());
+    if version_of(&qemu.bin)? != version {
+        bail!("{} is not QEMU {}", qemu.system().display(), version.name());
     }
     Ok(qemu)
+}
+
+/// The version of the programs in a directory.
+pub fn version_of(bin: &Path) -> Result<Version> {
+    let said = capture(&mut cmd(bin.join(PROGRAMS[0]), &["--version"]))?;
+    VERSIONS.into_iter().find(|v| said.contains(&format!("version {}", v.prefix()))).with_context(|| {
+        format!("recognise the QEMU that says {:?}", said.lines().next().unwrap_or_default())
+    })
+}
+
+impl std::str::FromStr for Version {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Version> {
+        VERSIONS
+            .into_iter()
+            .find(|v| v.name() == name)
+            .with_context(|| format!("know QEMU {name}: 7.2 or 10.0"))
+    }
 }
 
 /// Every version that can be had here; the reason is printed for one that cannot. At least one is needed.

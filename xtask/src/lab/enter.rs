@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -32,9 +32,10 @@ exit $status
 "#;
 
 /// Makes sure that this process runs in namespaces of its own: returns inside of them, having started itself anew
-/// with the same arguments. Never returns outside, except with an error.
-pub fn enter() -> Result<()> {
-    if std::env::var_os(INSIDE).is_some() {
+/// with the same arguments. Never returns outside, except with an error. There is no way out to the machine's
+/// network inside, so what has to be fetched or built comes before, and is handed in as `prepared` paths.
+pub fn enter(prepared: &[(&str, PathBuf)]) -> Result<()> {
+    if inside() {
         return prepare_inside();
     }
     let dir = std::env::temp_dir().join(format!("whimbrel-{}", std::process::id()));
@@ -48,6 +49,7 @@ pub fn enter() -> Result<()> {
     }
     c.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]);
     c.arg(program).args(std::env::args_os().skip(1)).env(INSIDE, &dir);
+    c.envs(prepared.iter().map(|(name, path)| (*name, path)));
     // Gives an error only when the shell could not be started.
     let error = c.exec();
     drop(fs::remove_dir(&dir));
@@ -71,11 +73,16 @@ pub fn keep_running(status: u8) -> Result<()> {
     }
 }
 
-/// Removes a part of the lab early, to make room for another.
-pub fn leave(dir: &Path) {
-    if let Err(e) = fs::remove_dir_all(dir) {
-        eprintln!("remove {}: {e}", dir.display());
-    }
+/// A path that the outer process prepared under this name.
+pub fn prepared(name: &str) -> Result<PathBuf> {
+    std::env::var_os(name)
+        .map(PathBuf::from)
+        .with_context(|| format!("find {name}, which the outer process sets"))
+}
+
+/// Whether this process is in the lab already.
+pub fn inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
 }
 
 fn prepare_inside() -> Result<()> {

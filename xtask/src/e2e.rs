@@ -1,0 +1,103 @@
+//! End-to-end scenarios on real agents and real QEMU, emulated so that any machine can run them.
+//!
+//! ```text
+//!   cargo xtask e2e --qemu 7.2 [SCENARIO…] ─▶ one lab of two hosts ─▶ each scenario: its own VM, its own verdict
+//! ```
+//!
+//! Invariants: a scenario talks to the product as people do, over the command line; it fails with the ends of the
+//! logs that explain it; hosts are left as they were found.
+//!
+//! Not here: measuring speed (`bench/`), the simulator's far larger number of faults (`crates/sim`).
+
+mod scenario;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::lab::{self, Lab};
+use crate::qemu::{self, Version};
+use crate::{check, guest};
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// QEMU version.
+    pub qemu: Version,
+    /// The product's program; built if not given.
+    pub program: Option<PathBuf>,
+    /// Only scenarios whose name contains one of these.
+    pub only: Vec<String>,
+    /// More rounds.
+    pub long: bool,
+}
+
+/// What a scenario may use.
+pub struct Context<'a> {
+    /// Two hosts in one cluster, the tiny image published as `tiny:e2e`.
+    pub lab: &'a Lab,
+    /// The product's program.
+    pub program: &'a Path,
+    /// More rounds.
+    pub long: bool,
+}
+
+/// A name and what it does.
+pub type Scenario = (&'static str, fn(&Context<'_>) -> Result<()>);
+
+/// The published image's name.
+pub const IMAGE: &str = "tiny:e2e";
+
+/// Runs the scenarios; inside and outside of the lab.
+pub fn run(options: &Options) -> Result<()> {
+    if !lab::inside() {
+        let program = match &options.program {
+            Some(p) => p.clone(),
+            None => check::build(false)?,
+        };
+        let image = guest::tiny()?;
+        let prepared = [
+            ("WHIMBREL_E2E_PROGRAM", program),
+            ("WHIMBREL_E2E_QEMU", qemu::ensure(options.qemu)?.bin),
+            ("WHIMBREL_E2E_DISK", image.disk),
+        ];
+        return lab::enter(&prepared);
+    }
+    lab::enter(&[])?;
+    let chosen: Vec<Scenario> = scenario::ALL
+        .into_iter()
+        .filter(|(name, _)| options.only.is_empty() || options.only.iter().any(|o| name.contains(o.as_str())))
+        .collect();
+    if chosen.is_empty() {
+        bail!("no scenario's name contains {:?}", options.only);
+    }
+    let program = lab::prepared("WHIMBREL_E2E_PROGRAM")?;
+    let qemu = qemu::Qemu { version: options.qemu, bin: lab::prepared("WHIMBREL_E2E_QEMU")? };
+    let image = guest::Image { disk: lab::prepared("WHIMBREL_E2E_DISK")?, ..guest::boot_files() };
+    let lab = Lab::new("e2e", 2, &qemu, &image)?;
+    lab.start_cluster(&program)?;
+    lab.hosts().first().context("a lab has hosts")?.publish(&lab.image.disk, IMAGE)?;
+    let context = Context { lab: &lab, program: &program, long: options.long };
+    let mut failed = Vec::new();
+    for (name, scenario) in &chosen {
+        let started = Instant::now();
+        let outcome = scenario(&context);
+        let took = started.elapsed().as_secs_f64();
+        match outcome {
+            Ok(()) => println!("ok     {took:>6.1} s  {name}"),
+            Err(e) => {
+                println!("FAILED {took:>6.1} s  {name}: {e:#}");
+                for host in lab.hosts() {
+                    eprintln!("── {} says last:\n{}", host.name(), host.log_tail());
+                }
+                failed.push(*name);
+            }
+        }
+    }
+    if !failed.is_empty() {
+        bail!("{} of {} scenarios failed: {}", failed.len(), chosen.len(), failed.join(", "));
+    }
+    println!("all {} scenarios passed on QEMU {}", chosen.len(), options.qemu.name());
+    Ok(())
+}
