@@ -24,7 +24,5 @@ pub mod process;
 pub mod qmp;
 mod seccomp;
 pub mod tap;
+mod tracee;
 pub mod uffd;
-
-#[cfg(test)]
-pub(crate) mod test_qemu;

@@ -11,14 +11,21 @@
 //!
 //! Not here: carrying out the move (`migrate`).
 
+mod devices;
+mod ram;
+
+use std::fs::File;
 use std::path::PathBuf;
 
+use serde_json::{Value, json};
 use whimbrel_wire::meta::Mode;
 
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::guest::dirty::RamMapping;
+use crate::guest::proc_fs;
 use crate::guest::process::QemuProcess;
-use crate::guest::qmp::{Qmp, Version};
+use crate::guest::qmp::{Qmp, Version, text_at};
+use crate::guest::uffd;
 
 /// What holds for every VM of this host. Probing takes some milliseconds; do it once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,13 +111,115 @@ impl Report {
 
 /// Looks at a running QEMU. Changes nothing.
 pub async fn precheck(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Report> {
-    let _ = (qmp, process, facts);
-    Err(crate::Error::new(crate::ErrorKind::Unsupported, "look at a running QEMU: not there yet"))
+    look(qmp, process, facts).await.with_context(|| format!("look at QEMU, process {}", process.pid()))
+}
+
+async fn look(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Report> {
+    let mut found = Findings::default();
+    found.mode_a.extend(facts.tracking_missing.clone());
+    found.look_at_process(process)?;
+    found.look_at_migration(qmp).await?;
+    let ram = ram::blocks(qmp, process.pid(), &mut found).await?;
+    let disks = devices::disks(qmp, facts, &mut found).await?;
+    devices::others(qmp, &mut found).await?;
+    let cpus: Vec<Value> = qmp.execute("query-cpus-fast", json!({})).await?;
+    let first = cpus.first().map(|cpu| text_at(cpu, "qom-path", "query-cpus-fast")).transpose()?;
+    let cpu = match first {
+        Some(path) => property(qmp, &path, "type").await?.replace("-x86_64-cpu", ""),
+        None => String::new(),
+    };
+    let kvm: Value = qmp.execute("query-kvm", json!({})).await?;
+    let accel = if kvm.get("enabled") == Some(&Value::Bool(true)) { "kvm" } else { "tcg" };
+    let mode = match (found.refusals.is_empty(), found.mode_a.is_empty()) {
+        (false, _) => None,
+        (true, true) => Some(Mode::A),
+        (true, false) => Some(Mode::B),
+    };
+    Ok(Report {
+        mode,
+        mode_a_reasons: found.mode_a,
+        refusals: found.refusals,
+        ram,
+        disks,
+        machine: property(qmp, "/machine", "type").await?.trim_end_matches("-machine").to_owned(),
+        cpu,
+        vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
+        accel: accel.to_owned(),
+        qemu_version: qmp.version(),
+    })
+}
+
+/// A text property of an object of QEMU's.
+async fn property(qmp: &Qmp, path: &str, name: &str) -> Result<String> {
+    qmp.execute("qom-get", json!({ "path": path, "property": name })).await
+}
+
+/// The children of an object: name and type.
+async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>> {
+    let list: Vec<Value> = qmp.execute("qom-list", json!({ "path": path })).await?;
+    let child = |one: &Value| {
+        let kind = one.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+        Some((one.get("name")?.as_str()?.to_owned(), kind.to_owned()))
+    };
+    Ok(list.iter().filter_map(child).collect())
+}
+
+/// What speaks against a move, as it is found.
+#[derive(Default)]
+struct Findings {
+    mode_a: Vec<String>,
+    refusals: Vec<String>,
+}
+
+impl Findings {
+    /// May its threads be stopped, so that a userfaultfd can be made in it?
+    fn look_at_process(&mut self, process: &QemuProcess) -> Result<()> {
+        let pid = process.pid();
+        let tracer = proc_fs::status(pid, "TracerPid")?;
+        if tracer != "0" {
+            self.mode_a.push(format!("process {tracer} traces this QEMU: end that debugger"));
+        }
+        // Opening it takes the very right that ptrace takes.
+        if let Err(error) = File::open(format!("/proc/{pid}/mem")) {
+            self.mode_a.push(format!(
+                "no right to trace process {pid} ({error}): run the agent as root or with CAP_SYS_PTRACE"
+            ));
+        }
+        Ok(())
+    }
+
+    async fn look_at_migration(&mut self, qmp: &Qmp) -> Result<()> {
+        let info: Value = qmp.execute("query-migrate", json!({})).await?;
+        let blocked = info.get("blocked-reasons").and_then(Value::as_array);
+        for reason in blocked.into_iter().flatten().filter_map(Value::as_str) {
+            self.refusals.push(format!("QEMU cannot save this VM's devices: {reason}"));
+        }
+        if let Some(
+            status @ ("setup" | "active" | "postcopy-active" | "pre-switchover" | "device" | "colo"),
+        ) = info.get("status").and_then(Value::as_str)
+        {
+            self.refusals
+                .push(format!("a migration that somebody else started is {status}: wait, or cancel it"));
+        }
+        let known: Vec<Value> = qmp.execute("query-migrate-capabilities", json!({})).await?;
+        let names = known.iter().filter_map(|one| one.get("capability").and_then(Value::as_str));
+        if !names.into_iter().any(|name| name == "x-ignore-shared") {
+            self.mode_a.push(format!("QEMU {} has no capability x-ignore-shared", qmp.version()));
+        }
+        Ok(())
+    }
 }
 
 impl HostFacts {
     /// Tries what mode A needs on memory of this process.
     pub fn probe() -> Self {
-        Self::default()
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let words = |error: std::io::Error| {
+            format!(
+                "writes cannot be tracked from outside on this host (Linux {release}): {error}; it takes Linux 6.7 \
+                 or later and the right to userfaultfd"
+            )
+        };
+        Self { tracking_missing: uffd::probe_tracking().err().map(words), disk_sockets: Vec::new() }
     }
 }

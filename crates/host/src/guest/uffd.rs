@@ -162,3 +162,59 @@ pub fn scan_written(
     let count = unsafe { ioctl(pagemap, PAGEMAP_SCAN, &mut argument) }?;
     Ok((usize::try_from(count).unwrap_or(0).min(into.len()), argument.walk_end))
 }
+
+/// Tries write tracking on a few pages of shared memory of this process: whether the kernel has all of it, and
+/// whether we may.
+pub fn probe_tracking() -> io::Result<()> {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+    use std::os::fd::AsFd;
+    const PAGES: usize = 4;
+    const PAGE: usize = 4096;
+    let memory = memfd_create("whimbrel-probe", MemfdFlags::CLOEXEC)?;
+    ftruncate(&memory, (PAGES * PAGE) as u64)?;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice; unmapped below, used by nobody else.
+    let base = unsafe { mmap(std::ptr::null_mut(), PAGES * PAGE, protection, MapFlags::SHARED, &memory, 0) }?;
+    let start = base as u64;
+    let end = start + (PAGES * PAGE) as u64;
+    let attempt = || {
+        let uffd = create_here()?;
+        enable(uffd.as_fd(), TRACKING_FEATURES)?;
+        register_wp(uffd.as_fd(), start, end - start)?;
+        let pagemap = std::fs::File::open("/proc/self/pagemap")?;
+        let mut regions = [Region::default(); PAGES];
+        // SAFETY: within the mapping, which nobody else uses.
+        let touch = |page: usize| unsafe { base.cast::<u8>().add(page * PAGE).write_volatile(1) };
+        touch(1);
+        touch(2);
+        scan_written(pagemap.as_fd(), start, end, &mut regions)?;
+        touch(2);
+        let (count, _) = scan_written(pagemap.as_fd(), start, end, &mut regions)?;
+        let written = start + 2 * PAGE as u64;
+        match regions.get(..count) {
+            Some([one]) if one.start == written && one.end == written + PAGE as u64 => Ok(()),
+            other => Err(io::Error::other(format!("the kernel tracks writes wrongly: {other:x?}"))),
+        }
+    };
+    let result = attempt();
+    // SAFETY: mapped above; nothing refers to it any more.
+    unsafe { munmap(base, PAGES * PAGE) }?;
+    result
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn tracking_is_there_or_the_error_says_what_is_missing() {
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        match probe_tracking() {
+            Ok(()) => assert!(version >= (6, 7), "{release}"),
+            Err(error) => assert!(version < (6, 7), "{release}: {error}"),
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! For tests: QEMU programs to test with, and a small guest.

@@ -1,0 +1,5 @@
+//! Guests on real QEMU, under TCG: launching, tracking of writes, device state. `WHIMBREL_TEST_QEMU` lists the
+//! programs to test with; otherwise it is the one in `PATH`.
+
+mod memory;
+mod support;
