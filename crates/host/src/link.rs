@@ -354,3 +354,6 @@ async fn keep(links: Links, host: HostId, peer: Arc<Peer>) {
         }
     }
 }
+
+#[cfg(test)]
+mod test;

@@ -10,13 +10,43 @@
 //! * Revisions rise by one per committed transaction, store-wide; a transaction is all or nothing.
 //! * A watch delivers every event after the asked revision once, in order, across reconnects; if that revision
 //!   has been compacted away it says so, and the caller reads again.
-//! * A transaction whose answer got lost fails with [`ErrorKind::Unknown`](crate::ErrorKind): read back first.
+//! * A transaction whose answer got lost fails with [`ErrorKind::Unknown`]: [`MetaStore::resolve`] tells, exactly
+//!   and for good, whether it was made. [`commit`] and [`update`] do that for their callers.
+//! * Every other error of a transaction means that it was not made.
 //! * No lease is trusted: liveness is a hint for people.
+//!
+//! Not here: the records and their keys (`wire::meta`), the served store's messages (`wire::peer::meta`).
 
 use async_trait::async_trait;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
-use crate::error::Result;
+mod batch;
+pub mod sqlite;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Most conditions, and most changes, of one transaction.
+pub const TXN_PARTS_MAX: usize = 128;
+/// Most bytes of keys and values of one transaction.
+pub const TXN_BYTES_MAX: usize = 1 << 20;
+
+/// Names one transaction, so that its outcome can be asked for later. Made by whoever starts it; may be journalled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct TxnId(pub Uuid);
+
+impl TxnId {
+    /// A new one, like no other.
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
 
 /// A stored value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,19 +109,146 @@ pub enum WatchEvent {
 /// See the module's charter.
 #[async_trait]
 pub trait MetaStore: Send + Sync {
-    /// All items whose key starts with `prefix`.
+    /// All items whose key starts with `prefix`, as they were at one revision, in the order of their keys.
     async fn read(&self, prefix: &str) -> Result<Snapshot>;
 
     /// One item.
     async fn get(&self, key: &str) -> Result<Option<Item>>;
 
-    /// Makes all changes if all conditions hold.
-    async fn txn(&self, compare: Vec<Compare>, ops: Vec<Op>) -> Result<Committed>;
+    /// Makes all changes if all conditions hold, under a name of the caller's choosing: asked again with the same
+    /// name it is not made twice, and the answer is the first one's. No key may be changed twice.
+    async fn txn_as(&self, id: TxnId, compare: Vec<Compare>, ops: Vec<Op>) -> Result<Committed>;
+
+    /// How the transaction ended: the revision if it was made. If it was not, it never will be, even if its
+    /// request is still on its way. The store remembers for an hour, or ten thousand transactions.
+    async fn resolve(&self, id: TxnId) -> Result<Option<u64>>;
+
+    /// Makes all changes if all conditions hold. A lost answer is not looked for: see [`commit`].
+    async fn txn(&self, compare: Vec<Compare>, ops: Vec<Op>) -> Result<Committed> {
+        self.txn_as(TxnId::random(), compare, ops).await
+    }
 
     /// Every change under `prefix` after revision `after_rev`, until the receiver is dropped. The implementation
-    /// reconnects by itself; the channel is bounded, a slow reader slows the watch, not the store.
+    /// reconnects by itself; the channel is bounded, a slow reader slows the watch, not the store. After
+    /// [`WatchEvent::Compacted`] the channel ends.
     async fn watch(&self, prefix: &str, after_rev: u64) -> Result<mpsc::Receiver<WatchEvent>>;
 
     /// Milliseconds since the store last answered this process anything.
     fn answered_ms_ago(&self) -> u64;
+}
+
+/// Checks a transaction against the limits that every back-end shares.
+fn check_txn(compare: &[Compare], ops: &[Op]) -> Result<()> {
+    let bad = |what: &str| Err(Error::new(ErrorKind::InvalidInput, format!("change records: {what}")));
+    if compare.len() > TXN_PARTS_MAX || ops.len() > TXN_PARTS_MAX {
+        return bad("too many conditions or changes in one transaction");
+    }
+    let mut keys = HashSet::new();
+    let mut bytes = 0;
+    for op in ops {
+        let (key, length) = match op {
+            Op::Put(key, value) => (key, value.len()),
+            Op::Delete(key) => (key, 0),
+        };
+        bytes += key.len() + length;
+        if key.is_empty() {
+            return bad("a key is empty");
+        }
+        if !keys.insert(key) {
+            return bad("a key is changed twice in one transaction");
+        }
+    }
+    if bytes > TXN_BYTES_MAX { bad("more than 1 MiB in one transaction") } else { Ok(()) }
+}
+
+/// Makes all changes if all conditions hold, and finds out what became of them if the answer is lost. Fails with
+/// [`ErrorKind::Unknown`] only if the store could not be asked until `deadline` ran out.
+pub async fn commit(
+    store: &dyn MetaStore,
+    compare: Vec<Compare>,
+    ops: Vec<Op>,
+    deadline: Duration,
+) -> Result<Committed> {
+    let end = Instant::now() + deadline;
+    let id = TxnId::random();
+    let lost = match store.txn_as(id, compare.clone(), ops.clone()).await {
+        Err(error) if error.kind() == ErrorKind::Unknown => error,
+        known => return known,
+    };
+    loop {
+        match store.resolve(id).await {
+            Ok(Some(rev)) => return Ok(Committed::Yes(rev)),
+            // It was not made and never will be: a new one may be.
+            Ok(None) => {
+                let left = end.saturating_duration_since(Instant::now());
+                return Box::pin(commit(store, compare, ops, left)).await;
+            }
+            Err(_) if Instant::now() >= end => return Err(lost),
+            Err(_) => sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// A record and the revision that wrote it, if the key exists.
+pub async fn record<R: DeserializeOwned>(store: &dyn MetaStore, key: &str) -> Result<Option<(R, u64)>> {
+    let item = store.get(key).await.with_context(|| format!("read record {key}"))?;
+    item.map(|item| Ok((parse(key, &item.value)?, item.mod_rev))).transpose()
+}
+
+/// A record's JSON, read.
+pub fn parse<R: DeserializeOwned>(key: &str, value: &[u8]) -> Result<R> {
+    serde_json::from_slice(value)
+        .map_err(|error| Error::with_source(ErrorKind::Corrupt, format!("read record {key}"), error))
+}
+
+/// A record as JSON.
+pub fn encode<R: Serialize>(key: &str, record: &R) -> Result<Vec<u8>> {
+    serde_json::to_vec(record)
+        .map_err(|error| Error::with_source(ErrorKind::Internal, format!("write record {key}"), error))
+}
+
+/// Changes one record by compare-and-swap, until it succeeds or `deadline` runs out. `change` gets the record as
+/// it stands (`None`: there is none) and returns it as it is to be (`None`: removed); it may run several times,
+/// and its error ends the loop. Returns what stands there now.
+pub async fn update<R, F>(
+    store: &dyn MetaStore,
+    key: &str,
+    deadline: Duration,
+    mut change: F,
+) -> Result<Option<R>>
+where
+    R: Serialize + DeserializeOwned,
+    F: FnMut(Option<R>) -> Result<Option<R>>,
+{
+    let end = Instant::now() + deadline;
+    for round in 0u64.. {
+        let item = store.get(key).await.with_context(|| format!("read record {key}"))?;
+        let old = item.as_ref().map(|item| parse(key, &item.value)).transpose()?;
+        let new = change(old)?;
+        let bytes = new.as_ref().map(|record| encode(key, record)).transpose()?;
+        if bytes.as_ref() == item.as_ref().map(|item| &item.value) {
+            return Ok(new);
+        }
+        let compare = match &item {
+            Some(item) => Compare::Unchanged(key.to_owned(), item.mod_rev),
+            None => Compare::Absent(key.to_owned()),
+        };
+        let op = match bytes {
+            Some(bytes) => Op::Put(key.to_owned(), bytes),
+            None => Op::Delete(key.to_owned()),
+        };
+        let left = end.saturating_duration_since(Instant::now());
+        match commit(store, vec![compare], vec![op], left)
+            .await
+            .with_context(|| format!("change record {key}"))?
+        {
+            Committed::Yes(_) => return Ok(new),
+            Committed::Conflict if Instant::now() < end => {}
+            Committed::Conflict => break,
+        }
+        // Another writer was faster; back off a little so that many do not run in step.
+        let jitter = u64::from(TxnId::random().0.as_bytes()[0]) % 8;
+        sleep(Duration::from_millis((round.min(8) + jitter).min(16))).await;
+    }
+    Err(Error::new(ErrorKind::TimedOut, format!("change record {key}: other writers were always faster")))
 }

@@ -15,7 +15,7 @@ use whimbrel_wire::peer::{FrameKind, Hello, Open, ProtocolVersion, Welcome};
 use whimbrel_wire::{HostId, Role, Time};
 
 use super::conn::Conn;
-use super::frame::{Frame, read_frame, to_json, write_frame};
+use super::frame::{Frame, io_error, read_frame, to_json, write_frame};
 use super::stream::{PeerStream, Socket};
 use super::{LinkOptions, Links, Peer, program, tls};
 use crate::clock;
@@ -151,16 +151,7 @@ async fn connect(
     // Certificates of the cluster name hosts by URI: the address serves as a name that nobody compares.
     let handshake = TlsConnector::from(config).connect(ServerName::from(address.ip()), socket);
     let tls = timeout(limit, handshake).await.map_err(silent)?;
-    Ok(tls.map_err(refused).context("shake hands")?.into())
-}
-
-/// TLS alerts arrive as damaged data: give them the kind that they mean.
-fn refused(error: std::io::Error) -> Error {
-    if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
-        return Error::with_source(ErrorKind::Denied, "check certificates", error)
-            .hint("both hosts need certificates of the same cluster that have not ended or been revoked");
-    }
-    Error::with_source(crate::error::kind_of_io(&error), "exchange bytes", error)
+    Ok(tls.map_err(io_error).context("shake hands")?.into())
 }
 
 fn hello(open: Option<Open>) -> Result<Frame> {

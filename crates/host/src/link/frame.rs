@@ -94,26 +94,35 @@ pub(super) fn to_json(value: &impl Serialize, what: &str) -> Result<Vec<u8>> {
         .map_err(|error| Error::with_source(ErrorKind::Internal, format!("write {what} as JSON"), error))
 }
 
+/// TLS alerts arrive as damaged data: give them the kind that they mean.
+pub(super) fn io_error(error: std::io::Error) -> Error {
+    if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
+        return Error::with_source(ErrorKind::Denied, "check certificates", error)
+            .hint("both hosts need certificates of the same cluster that have not ended or been revoked");
+    }
+    Error::with_source(crate::error::kind_of_io(&error), "exchange bytes", error)
+}
+
 /// Writes one frame and flushes it.
 pub(super) async fn write_frame(io: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> Result<()> {
     let mut staged = BytesMut::with_capacity(HEADER_LEN + frame.json.len());
     let more = frame.stage(&mut staged);
-    io.write_all(&staged).await.context("send a frame")?;
+    io.write_all(&staged).await.map_err(io_error).context("send a frame")?;
     if more {
-        io.write_all(&frame.payload).await.context("send a frame")?;
+        io.write_all(&frame.payload).await.map_err(io_error).context("send a frame")?;
     }
-    io.flush().await.context("send a frame")
+    io.flush().await.map_err(io_error).context("send a frame")
 }
 
 /// Reads one frame; `None` if the peer closed the connection between frames.
 pub(super) async fn read_frame(io: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>> {
     let mut header = [0; HEADER_LEN];
-    let first = io.read(&mut header).await.context("read a frame")?;
+    let first = io.read(&mut header).await.map_err(io_error).context("read a frame")?;
     if first == 0 {
         return Ok(None);
     }
     let rest = header.get_mut(first..).unwrap_or_default();
-    io.read_exact(rest).await.context("read a frame")?;
+    io.read_exact(rest).await.map_err(io_error).context("read a frame")?;
     let header = FrameHeader::decode(&header)?;
     let json = read_bytes(io, header.json_len as usize).await?;
     let payload = read_bytes(io, header.payload_len as usize).await?;
@@ -128,7 +137,7 @@ async fn read_bytes(io: &mut (impl AsyncRead + Unpin), length: usize) -> Result<
     let mut bytes = BytesMut::with_capacity(length);
     let mut limited = (&mut bytes).limit(length);
     while limited.has_remaining_mut() {
-        if io.read_buf(&mut limited).await.context("read a frame")? == 0 {
+        if io.read_buf(&mut limited).await.map_err(io_error).context("read a frame")? == 0 {
             return Err(Error::new(ErrorKind::Unavailable, "read a frame: the connection ended inside it"));
         }
     }

@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinSet};
@@ -127,6 +127,26 @@ async fn accept(listener: TcpListener, server: Arc<Server>) {
     }
 }
 
+/// Keeps a connection whose handshake failed for a moment: closed at once, with bytes of the peer still unread, it
+/// would be reset, and the peer would not learn why.
+fn linger((error, mut socket): (std::io::Error, Socket)) -> Error {
+    tokio::spawn(async move {
+        let mut rest = [0; 1024];
+        let drain = async {
+            // An error ends the wait as well as the peer's end.
+            let _ = socket.shutdown().await;
+            for _ in 0..64 {
+                if !matches!(socket.read(&mut rest).await, Ok(1..)) {
+                    return;
+                }
+            }
+        };
+        // The wait is over in any case.
+        let _ = timeout(Duration::from_millis(500), drain).await;
+    });
+    Error::with_source(ErrorKind::Denied, "shake hands", error)
+}
+
 enum Admitted {
     Joining(Box<TlsStream<Socket>>),
     Http(Box<PeerStream>),
@@ -142,10 +162,10 @@ impl Server {
             start.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == wanted))
         };
         if offers(ALPN_JOIN) && self.router.find_join().is_some() {
-            let tls = start.into_stream(self.join_tls.clone()).await.context("shake hands")?;
+            let tls = start.into_stream(self.join_tls.clone()).into_fallible().await.map_err(linger)?;
             return Ok(Admitted::Joining(Box::new(tls.into())));
         }
-        let tls = start.into_stream(self.tls.clone()).await.context("shake hands")?;
+        let tls = start.into_stream(self.tls.clone()).into_fallible().await.map_err(linger)?;
         let tls = TlsStream::from(tls);
         let alpn = tls.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
         let stream = Box::new(self.links.admit(tls)?);

@@ -1,0 +1,40 @@
+//! Watches as back-ends see them: all events of a revision together, so that a resumed watch neither loses nor
+//! repeats half a transaction.
+
+use tokio::sync::mpsc;
+
+use super::WatchEvent;
+
+/// Events of complete revisions, up to and including `rev`.
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    /// Everything up to this revision has been told.
+    pub rev: u64,
+    /// The events; none if only `rev` is news.
+    pub events: Vec<WatchEvent>,
+}
+
+/// Batches on their way to a watcher that has not yet taken them.
+pub(super) const BATCHES: usize = 16;
+/// Events on their way to a watcher that has not yet taken them.
+pub(super) const EVENTS: usize = 256;
+
+/// The events of batches, one by one.
+pub(super) fn flatten(mut batches: mpsc::Receiver<Batch>) -> mpsc::Receiver<WatchEvent> {
+    let (events, receiver) = mpsc::channel(EVENTS);
+    tokio::spawn(async move {
+        loop {
+            let batch = tokio::select! {
+                batch = batches.recv() => batch,
+                () = events.closed() => return,
+            };
+            let Some(batch) = batch else { return };
+            for event in batch.events {
+                if events.send(event).await.is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    receiver
+}
