@@ -1,3 +1,4 @@
-//! Virtual disks: identity and linkage of layers.
+//! Virtual disks: identity and linkage of layers, and which block is where.
 
+pub mod extent_map;
 pub mod identity;

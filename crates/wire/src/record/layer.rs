@@ -1,1 +1,94 @@
-//! Layers at rest: headers, the extent log, checkpoints.
+//! Layers at rest: the format of a volume's writable part.
+//!
+//! A layer is a directory:
+//!
+//! ```text
+//! header            two 4 KiB slots; the valid one with the higher generation counts       [Header]
+//! segment.00000000  4 KiB segment head, then groups                                        [SegmentHead]
+//! segment.00000001  …
+//! map.00000007      a checkpoint: the extent map as of one place in the log                [checkpoint]
+//! pull.map          which ranges another host still has (`--disk on-demand` only)           [runs]
+//! lock              flock(2): exclusive for the one writable handle
+//!
+//! segment:  ┌──────┬───────┬────────┬────────┬─ ─┬───────┬────────┬─ ─      block = 4 KiB
+//!           │ head │ index │ payload│ payload│   │ index │ payload│
+//!           └──────┴───────┴────────┴────────┴─ ─┴───────┴────────┴─ ─
+//! index:    64 entries of 64 bytes: a group head, then up to 63 records; zeros after the last
+//! ```
+//!
+//! All numbers are little-endian. Payloads are whole 4 KiB blocks at 4 KiB places, so reads go straight from the page
+//! cache to the guest and a dead payload can be punched out. The index costs 1 block in 64 where writes come
+//! in streams, and 1 block per flush at worst: after a flush the next record opens a new group, so that **no
+//! block is written again after it was reported durable**.
+//!
+//! Rules
+//! * Every record is bound to the whole log before it: `chain` is the CRC of the entry before (the layer's
+//!   salt for the first), `seq` counts by one. A segment belongs to one writable session; its head tells the `seq`
+//!   and `chain` at which it goes on, and so cuts off whatever torn tail the segment before it has.
+//! * A segment is durable before the next one is created.
+//! * The log ends at the first entry or payload that is not what its CRC says, in the last segment only, and
+//!   only above the highest `durable_seq` seen. Damage below is corruption and refuses to open.
+//! * A checkpoint is a cache: its header fields say from which place on the log is replayed. If it is damaged the
+//!   log is replayed from segment 0.
+//! * `data_id` in the header changes, durably, before the first record of a writable session.
+//! * Versions: a reader refuses a header whose version it does not know, or with an unknown bit in
+//!   `features_required`; unknown bits in `features_ignorable` are kept as they are. Reserved bytes are zero.
+//!   Segments may be absent below `first_segment` (space reclaim), which is 0 in this version.
+//!
+//! Not here: who may open a layer (`engine::disk::identity`), reading and writing (`host::disk`).
+
+pub mod header;
+pub mod log;
+pub mod runs;
+pub mod ship;
+
+pub use header::{CheckpointRef, CleanEnd, Header, Parent, State};
+pub use log::{Entry, EntryKind, GroupHead, LogPoint, SegmentHead};
+pub use runs::{Run, RunKind};
+pub use ship::{ShipChunk, ShipFrame, ShipPosition};
+
+/// Unit of the map and of the log, bytes.
+pub const BLOCK_BYTES: u64 = 4096;
+/// The same, for slices.
+pub const BLOCK_LEN: usize = 4096;
+/// Entries in an index block, the group head included.
+pub const INDEX_ENTRIES: usize = 64;
+/// Length of one entry, bytes.
+pub const ENTRY_LEN: usize = 64;
+/// The most a record's payload has; a longer write is several records.
+pub const PAYLOAD_BYTES_MAX: u64 = 1 << 20;
+/// A group takes no further record once its payloads have this much, so that a reader of the log who goes group
+/// by group never holds more than this and one record.
+pub const GROUP_PAYLOAD_BYTES: u64 = 1 << 20;
+/// The largest disk.
+pub const DISK_BYTES_MAX: u64 = 64 << 40;
+/// Blocks of a segment, unless a test wants it smaller (1 GiB).
+pub const SEGMENT_BLOCKS: u32 = 1 << 18;
+/// The only version of the format.
+pub const VERSION: u32 = 1;
+
+/// Little-endian fields of a fixed-size record, bounds-checked by construction: reads past the end give zeros.
+pub(crate) mod field {
+    /// `N` bytes at `at`.
+    pub fn bytes<const N: usize>(from: &[u8], at: usize) -> [u8; N] {
+        from.get(at..at + N).and_then(|slice| slice.try_into().ok()).unwrap_or([0; N])
+    }
+    /// A number at `at`.
+    pub fn u32(from: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes(from, at))
+    }
+    /// A number at `at`.
+    pub fn u64(from: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes(from, at))
+    }
+    /// A byte at `at`.
+    pub fn u8(from: &[u8], at: usize) -> u8 {
+        from.get(at).copied().unwrap_or(0)
+    }
+    /// Writes `what` at `at`; the caller's record is long enough.
+    pub fn put(into: &mut [u8], at: usize, what: &[u8]) {
+        if let Some(slot) = into.get_mut(at..at + what.len()) {
+            slot.copy_from_slice(what);
+        }
+    }
+}
