@@ -16,12 +16,14 @@ use crate::record::layer::field::{self, put};
 use crate::record::layer::log::LogPoint;
 use crate::record::layer::ship::ShipPosition;
 use crate::record::layer::{BLOCK_LEN, DISK_BYTES_MAX, VERSION};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"WHMBLYR1";
 
 /// What a layer lies on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Parent {
     /// Nothing: unwritten blocks read as zeros.
     None,

@@ -1,0 +1,289 @@
+//! Reads a log: group by group, and as a whole when a layer opens.
+//!
+//! ```text
+//! checkpoint, or nothing ──► groups in order, each bound to the one before
+//!                            ├ below the highest durable_seq: believed        (damage here refuses to open)
+//!                            └ above, in the last segment: payloads verified; the first bad one ends the log
+//! ```
+//!
+//! Invariants: opening for reading changes nothing on disk. Whatever bytes the files hold, nothing panics.
+//!
+//! Not here: where the next record goes (`append`), the full verification of a layer (`check`).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
+use whimbrel_wire::record::layer::{
+    BLOCK_BYTES, BLOCK_LEN, ENTRY_LEN, Entry, EntryKind, GroupHead, Header, LogPoint, SegmentHead,
+};
+
+use super::append::segment_name;
+use super::checkpoint;
+use super::files::{DataFile, Dir};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// A group as it stands on disk.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) head: GroupHead,
+    pub(super) entries: Vec<Entry>,
+    /// After its last record.
+    pub(super) next: LogPoint,
+}
+
+/// A log as it was found.
+#[derive(Debug)]
+pub(super) struct Recovered {
+    pub(super) map: ExtentMap,
+    pub(super) segments: Vec<Arc<DataFile>>,
+    /// The end of the log.
+    pub(super) end: LogPoint,
+    /// Whether the next record may follow in the same segment.
+    pub(super) clean: bool,
+    /// Records read after the checkpoint.
+    pub(super) replayed: u64,
+    /// Why the checkpoint was not used.
+    pub(super) checkpoint_problem: Option<Error>,
+}
+
+/// Reads the group at `at`, if a whole one is there that goes on from `at`.
+pub(super) fn read_group(file: &DataFile, header: &Header, at: LogPoint) -> Result<Option<Group>> {
+    let block = at.block.max(1);
+    let mut index = [0; BLOCK_LEN];
+    let length = file.read_some(u64::from(block) * BLOCK_BYTES, &mut index);
+    let length = length.with_context(|| format!("read log of layer {}", header.disk_id))?;
+    let mut slots = index.get(..length).unwrap_or_default().chunks_exact(ENTRY_LEN);
+    let Some((head, mut chain)) = slots.next().and_then(GroupHead::decode) else { return Ok(None) };
+    let ours = head.salt == header.salt && head.block == block && head.epoch <= header.epoch;
+    if !ours || head.first_seq != at.seq || head.chain != at.chain {
+        return Ok(None);
+    }
+    let mut next = LogPoint { segment: at.segment, block: block + 1, ..at };
+    let mut entries = Vec::new();
+    for slot in slots {
+        let Some((entry, crc)) = Entry::decode(slot) else { break };
+        let in_place = match entry.kind {
+            EntryKind::Data { block, .. } => block == next.block,
+            EntryKind::Zero => true,
+        };
+        let Some(end) = next.block.checked_add(entry.payload_blocks()) else { break };
+        if entry.chain != chain || entry.seq != next.seq || !in_place || end > header.segment_blocks {
+            break;
+        }
+        chain = crc;
+        next = LogPoint { segment: at.segment, block: end, seq: entry.seq + 1, chain: crc };
+        entries.push(entry);
+    }
+    Ok((!entries.is_empty()).then_some(Group { head, entries, next }))
+}
+
+/// Whether the payload of `entry` is what its CRC says.
+pub(super) fn payload_is_whole(file: &DataFile, entry: &Entry, buffer: &mut Vec<u8>) -> Result<bool> {
+    let EntryKind::Data { block, payload_crc } = entry.kind else { return Ok(true) };
+    buffer.resize(entry.length_bytes as usize, 0);
+    let length = file.read_some(u64::from(block) * BLOCK_BYTES, buffer).context("read payload of a layer")?;
+    Ok(length == buffer.len() && crc32c::crc32c(buffer) == payload_crc)
+}
+
+/// Puts a record into the map.
+pub(super) fn apply(map: &mut ExtentMap, header: &Header, segment: u32, entry: &Entry) {
+    let piece = match entry.kind {
+        EntryKind::Zero => Piece::Zero,
+        EntryKind::Data { block, .. } => {
+            Piece::Data(segment.wrapping_mul(header.segment_blocks).wrapping_add(block))
+        }
+    };
+    map.set(entry.offset_bytes / BLOCK_BYTES, entry.length_bytes / BLOCK_BYTES, piece);
+}
+
+/// Blocks of the disk.
+pub(super) fn blocks_of(header: &Header) -> u64 {
+    header.size_bytes.div_ceil(BLOCK_BYTES)
+}
+
+/// Opens the segments, in order. One whose head never became durable is left out if it is the last.
+pub(super) fn open_segments(
+    dir: &Dir,
+    header: &Header,
+    writable: bool,
+) -> Result<Vec<(Arc<DataFile>, SegmentHead)>> {
+    let what = || format!("open log of layer {}", header.disk_id);
+    let mut segments = Vec::new();
+    loop {
+        let number = header.first_segment + segments.len() as u32;
+        let name = segment_name(number);
+        if !dir.has(&name) {
+            break;
+        }
+        let file = dir.open(&name, writable).with_context(what)?;
+        let mut block = [0; BLOCK_LEN];
+        let length = file.read_some(0, &mut block).with_context(what)?;
+        let head = SegmentHead::decode(block.get(..length).unwrap_or_default());
+        let head = head.ok().filter(|head| {
+            head.disk_id == header.disk_id && head.salt == header.salt && head.segment == number
+        });
+        match head {
+            Some(head) => segments.push((Arc::new(file), head)),
+            None if dir.has(&segment_name(number + 1)) || has_durable_group(&file, header, 1, 0)? => {
+                return Err(damaged(header, format!("the head of {name} is damaged")));
+            }
+            None => break,
+        }
+    }
+    let after = header.first_segment + segments.len() as u32;
+    let later = |name: &String| {
+        let number = name.strip_prefix("segment.").and_then(|hex| u32::from_str_radix(hex, 16).ok());
+        number.is_some_and(|number| number > after)
+    };
+    match dir.names().with_context(what)?.into_iter().find(later) {
+        Some(name) => Err(damaged(header, format!("{} is missing before {name}", segment_name(after)))),
+        None => Ok(segments),
+    }
+}
+
+/// Reads the log of a layer. `writable` opens its files for writing too.
+pub(super) fn recover(dir: &Dir, header: &Header, writable: bool) -> Result<Recovered> {
+    let segments = open_segments(dir, header, writable)?;
+    let (mut map, start, checkpoint_problem) = match checkpoint::load(dir, header) {
+        Ok(Some((map, covers))) => (map, covers, None),
+        Ok(None) => (ExtentMap::new(blocks_of(header)), LogPoint::START, None),
+        Err(error) if header.first_segment == 0 => {
+            (ExtentMap::new(blocks_of(header)), LogPoint::START, Some(error))
+        }
+        Err(error) => return Err(error),
+    };
+    let (end, replayed) = replay(header, &segments, start, &mut map)?;
+    let clean = match header.clean_end {
+        Some(clean) if clean.seq == end.seq && clean.chain == end.chain => true,
+        Some(clean) => {
+            let why = format!("it was closed after record {}, but ends after {}", clean.seq - 1, end.seq - 1);
+            return Err(damaged(header, why));
+        }
+        None => false,
+    };
+    let last = segments.len() as u32 + header.first_segment;
+    let end = match header.clean_end {
+        Some(clean) if clean.segment < last => clean,
+        _ => LogPoint { segment: last, block: 0, ..end },
+    };
+    let segments: Vec<_> = segments.into_iter().map(|(file, _)| file).collect();
+    Ok(Recovered { map, clean: clean && end.segment < last, segments, end, replayed, checkpoint_problem })
+}
+
+/// Applies every record from `start` on; gives the end of the log and the number of records.
+fn replay(
+    header: &Header,
+    segments: &[(Arc<DataFile>, SegmentHead)],
+    start: LogPoint,
+    map: &mut ExtentMap,
+) -> Result<(LogPoint, u64)> {
+    let mut at = start;
+    let mut replayed = 0;
+    let skip = start.segment.saturating_sub(header.first_segment) as usize;
+    if skip > segments.len() {
+        return Err(damaged(header, format!("{} is missing", segment_name(start.segment))));
+    }
+    for (number, (file, head)) in segments.iter().enumerate().skip(skip) {
+        let segment = header.first_segment + number as u32;
+        if segment > start.segment || at.block <= 1 {
+            if head.first_seq != at.seq || head.chain != at.chain {
+                let why = format!(
+                    "{} goes on at record {}, but the log before it ends after {}",
+                    segment_name(segment),
+                    head.first_seq,
+                    at.seq.saturating_sub(1)
+                );
+                return Err(damaged(header, why));
+            }
+            at = LogPoint { segment, block: 1, ..at };
+        }
+        let cut = segments.get(number + 1).map(|(_, next)| next.first_seq);
+        let before = at.seq;
+        at = replay_segment(header, file, at, cut, map)?;
+        replayed += at.seq - before;
+    }
+    Ok((at, replayed))
+}
+
+/// Applies one segment's records. Those below `cut`, or below a later group's `durable_seq`, are believed; the others
+/// are verified, and the first bad one ends the log.
+fn replay_segment(
+    header: &Header,
+    file: &DataFile,
+    start: LogPoint,
+    cut: Option<u64>,
+    map: &mut ExtentMap,
+) -> Result<LogPoint> {
+    let mut at = start;
+    let mut end = start;
+    let mut waiting: VecDeque<(Entry, u32)> = VecDeque::new();
+    let mut believe = |entry: &Entry, crc: u32, end: &mut LogPoint| {
+        apply(map, header, start.segment, entry);
+        let block = match entry.kind {
+            EntryKind::Data { block, .. } => block + entry.payload_blocks(),
+            EntryKind::Zero => end.block,
+        };
+        *end = LogPoint { segment: start.segment, block, seq: entry.seq + 1, chain: crc };
+    };
+    while let Some(group) = read_group(file, header, at)? {
+        at = group.next;
+        waiting.extend(group.entries.into_iter().map(|entry| (entry, entry.encode().1)));
+        let durable = cut.map_or(group.head.durable_seq, |cut| cut - 1);
+        while let Some((entry, crc)) = waiting.front().copied().filter(|(entry, _)| entry.seq <= durable) {
+            believe(&entry, crc, &mut end);
+            waiting.pop_front();
+        }
+    }
+    if let Some(cut) = cut {
+        // Torn records of the session that wrote this segment never counted: the next segment says so.
+        if end.seq != cut {
+            let name = segment_name(start.segment);
+            let why = format!("{name} ends after record {}, but the log goes on at {cut}", end.seq - 1);
+            return Err(damaged(header, why));
+        }
+        return Ok(end);
+    }
+    let mut buffer = Vec::new();
+    for (entry, crc) in waiting {
+        if !payload_is_whole(file, &entry, &mut buffer)? {
+            break;
+        }
+        believe(&entry, crc, &mut end);
+    }
+    if has_durable_group(file, header, end.block.max(1), end.seq)? {
+        let why = format!("record {} is damaged, and it was durable", end.seq);
+        return Err(damaged(header, why));
+    }
+    Ok(end)
+}
+
+/// Whether a group from `block` on says that record `seq` was durable before it was begun.
+fn has_durable_group(file: &DataFile, header: &Header, block: u32, seq: u64) -> Result<bool> {
+    let mut chunk = vec![0; 256 * BLOCK_LEN];
+    let mut offset = u64::from(block) * BLOCK_BYTES;
+    loop {
+        let length = file.read_some(offset, &mut chunk);
+        let length = length.with_context(|| format!("read log of layer {}", header.disk_id))?;
+        for (bytes, at) in chunk.get(..length).unwrap_or_default().chunks_exact(BLOCK_LEN).zip(0u64..) {
+            let here = offset / BLOCK_BYTES + at;
+            let found = GroupHead::decode(bytes).is_some_and(|(head, _)| {
+                let ours = head.salt == header.salt && u64::from(head.block) == here;
+                ours && head.epoch <= header.epoch && head.durable_seq >= seq
+            });
+            if found {
+                return Ok(true);
+            }
+        }
+        if length < chunk.len() {
+            return Ok(false);
+        }
+        offset += length as u64;
+    }
+}
+
+fn damaged(header: &Header, why: String) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("open log of layer {}: {why}", header.disk_id)).hint(
+        "data that was reported durable is lost on this disk: check the disk, restore the volume from a copy",
+    )
+}
