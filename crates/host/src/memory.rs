@@ -3,14 +3,33 @@
 //! ```text
 //!  guest::Tracker ──► PageBitmap ◄── SharedDirty ◄── export (disk back-end writes guest memory)
 //!                         │
-//!            source::send_round ── wire::peer::memory frames ──► target::receive
-//!                  RamFile (read)                                 RamFile (write)
+//!   mode A      Source::send_round ── wire::peer::memory frames ──► target::receive
+//!                    │ RamFile (pread)                                   │ RamFile (pwrite)
+//!              source QEMU's RAM file                              target QEMU's RAM file
+//!
+//!   mode B      source QEMU ══ unix socket ══ stream::Source ── link ── stream::Target ══ unix socket ══ target QEMU
 //! ```
 //!
-//! * [`bitmap`]: which pages are to be sent.
+//! * [`bitmap`]: which pages are to be sent. [`ram`]: the files. [`encoder`]: pages to frames.
+//! * [`source`], [`target`]: rounds over a link. [`progress`], [`limit`]: what people see and set.
 //!
-//! Not here: who finds the pages that changed (`guest`), when to stop sending (`engine::memory::precopy`).
+//! Not here: who finds the pages that changed (`guest`), when to stop sending (`engine::memory::precopy`), the
+//! format on the wire (`wire::peer::memory`).
 
 pub mod bitmap;
+pub mod encoder;
+mod frames;
+pub mod limit;
+pub mod progress;
+pub mod ram;
+pub mod source;
+pub mod target;
+#[cfg(test)]
+mod test;
 
 pub use bitmap::{PAGE_BYTES, PageBitmap, SharedDirty};
+pub use limit::Limiter;
+pub use progress::{Figures, Progress};
+pub use ram::RamFile;
+pub use source::{RoundReport, Source, SourceOptions};
+pub use target::{Received, TargetOptions};

@@ -33,18 +33,35 @@ const PRIOR: [(f64, f64); LEVELS.len()] = [(1.3e9, 0.55), (8.0e8, 0.47), (5.5e8,
 const PRIOR_GATHER_BYTES_S: f64 = 3.0e9;
 /// Choices within this factor of the best rate count as equal.
 const NEAR: f64 = 0.95;
-/// The weight of a new observation.
-const WEIGHT: f64 = 0.3;
+/// What is left of older observations after each window.
+const KEEP: f64 = 0.7;
 
-/// An exponentially weighted mean.
+/// Amount per cost, over recent windows. A burst into an empty socket buffer costs almost no time and so weighs
+/// almost nothing, which a mean of rates would not give.
 #[derive(Clone, Copy, Debug, Default)]
-struct Mean(Option<f64>);
+struct Quotient {
+    amount: f64,
+    cost: f64,
+}
 
-impl Mean {
-    fn add(&mut self, value: f64) {
-        if value.is_finite() && value >= 0.0 {
-            self.0 = Some(self.0.map_or(value, |mean| mean + WEIGHT * (value - mean)));
+impl Quotient {
+    fn add(&mut self, amount: f64, cost: f64) {
+        if amount >= 0.0 && cost > 0.0 {
+            self.amount += amount;
+            self.cost += cost;
         }
+    }
+
+    fn age(&mut self) {
+        // Kept from vanishing: an old observation is better than none.
+        if self.cost > 1e-6 {
+            self.amount *= KEEP;
+            self.cost *= KEEP;
+        }
+    }
+
+    fn get(&self) -> Option<f64> {
+        (self.cost > 0.0).then(|| self.amount / self.cost)
     }
 }
 
@@ -85,11 +102,11 @@ pub enum Verdict {
 pub struct Chooser {
     workers: f64,
     reserve_cores: f64,
-    link_bytes_s: Mean,
-    spare_cores: Mean,
-    gather_bytes_s: Mean,
-    rate: [Mean; LEVELS.len()],
-    ratio: [Mean; LEVELS.len()],
+    link_bytes_s: Quotient,
+    spare_cores: Quotient,
+    gather_bytes_s: Quotient,
+    rate: [Quotient; LEVELS.len()],
+    ratio: [Quotient; LEVELS.len()],
     choice: Choice,
     /// What the last window wanted instead.
     wanted: Choice,
@@ -103,9 +120,9 @@ impl Chooser {
         Self {
             workers: f64::from(workers.max(1)),
             reserve_cores: 0.05 * f64::from(cores.max(1)),
-            link_bytes_s: Mean::default(),
-            spare_cores: Mean::default(),
-            gather_bytes_s: Mean::default(),
+            link_bytes_s: Quotient::default(),
+            spare_cores: Quotient::default(),
+            gather_bytes_s: Quotient::default(),
             rate: Default::default(),
             ratio: Default::default(),
             choice,
@@ -115,30 +132,26 @@ impl Chooser {
 
     /// `wire_bytes` went out in `busy_s` seconds in which the link always had something to send.
     pub fn observe_link(&mut self, wire_bytes: u64, busy_s: f64) {
-        if busy_s > 0.0 {
-            self.link_bytes_s.add(wire_bytes as f64 / busy_s);
-        }
+        self.link_bytes_s.add(wire_bytes as f64, busy_s);
     }
 
-    /// So many processors are idle, or busy with encoding for this move.
-    pub fn observe_spare_cores(&mut self, cores: f64) {
-        self.spare_cores.add(cores);
+    /// For `seconds`, so many processors were idle, or busy with encoding for this move.
+    pub fn observe_spare_cores(&mut self, cores: f64, seconds: f64) {
+        self.spare_cores.add(cores * seconds, seconds);
     }
 
     /// Reading and checking `raw_bytes` took `cpu_s` seconds of one processor.
     pub fn observe_gather(&mut self, raw_bytes: u64, cpu_s: f64) {
-        if cpu_s > 0.0 {
-            self.gather_bytes_s.add(raw_bytes as f64 / cpu_s);
-        }
+        self.gather_bytes_s.add(raw_bytes as f64, cpu_s);
     }
 
     /// Compressing `raw_bytes` to `wire_bytes` with `level` took `cpu_s` seconds of one processor.
     pub fn observe_compress(&mut self, level: i32, raw_bytes: u64, wire_bytes: u64, cpu_s: f64) {
         let index = LEVELS.iter().position(|known| *known == level);
-        let (Some(index), true) = (index, cpu_s > 0.0 && raw_bytes > 0) else { return };
+        let Some(index) = index else { return };
         if let (Some(rate), Some(ratio)) = (self.rate.get_mut(index), self.ratio.get_mut(index)) {
-            rate.add(raw_bytes as f64 / cpu_s);
-            ratio.add(wire_bytes as f64 / raw_bytes as f64);
+            rate.add(raw_bytes as f64, cpu_s);
+            ratio.add(wire_bytes as f64, raw_bytes as f64);
         }
     }
 
@@ -149,6 +162,15 @@ impl Chooser {
             self.choice = wanted;
         }
         self.wanted = wanted;
+        let single = [&mut self.link_bytes_s, &mut self.spare_cores, &mut self.gather_bytes_s];
+        for quotient in single.into_iter().chain(&mut self.rate).chain(&mut self.ratio) {
+            quotient.age();
+        }
+    }
+
+    /// Wire bytes per second that the link takes, if that has been measured.
+    pub fn link_bytes_s(&self) -> Option<f64> {
+        self.link_bytes_s.get()
     }
 
     /// The default as it stands.
@@ -162,7 +184,7 @@ impl Chooser {
             Choice::Raw(reason) => return Verdict::Raw(reason),
             Choice::Level(index) => index,
         };
-        let link = self.link_bytes_s.0.unwrap_or(f64::INFINITY);
+        let link = self.link_bytes_s.get().unwrap_or(f64::INFINITY);
         let (rate, _) = self.expect(index);
         let pays = (1.0 / (rate * self.usable_cores())).max(sample_ratio / link) < 1.0 / link;
         match LEVELS.get(index) {
@@ -180,12 +202,12 @@ impl Chooser {
     }
 
     fn usable_cores(&self) -> f64 {
-        self.spare_cores.0.unwrap_or(self.workers).clamp(0.01, self.workers)
+        self.spare_cores.get().unwrap_or(self.workers).clamp(0.01, self.workers)
     }
 
     /// The rate and ratio of a level: as measured, or its prior scaled by how the nearest measured level does.
     fn expect(&self, index: usize) -> (f64, f64) {
-        let measured = |at: usize| Some((self.rate.get(at)?.0?, self.ratio.get(at)?.0?));
+        let measured = |at: usize| Some((self.rate.get(at)?.get()?, self.ratio.get(at)?.get()?));
         let Some(&prior) = PRIOR.get(index) else { return (1.0, 1.0) };
         if let Some(found) = measured(index) {
             return found;
@@ -200,12 +222,12 @@ impl Chooser {
     }
 
     fn best(&self) -> Choice {
-        let Some(link) = self.link_bytes_s.0 else { return Choice::Raw(Reason::LinkIsFaster) };
+        let Some(link) = self.link_bytes_s.get() else { return Choice::Raw(Reason::LinkIsFaster) };
         let cores = self.usable_cores();
         if cores < self.reserve_cores {
             return Choice::Raw(Reason::Vetoed);
         }
-        let gather = self.gather_bytes_s.0.unwrap_or(PRIOR_GATHER_BYTES_S);
+        let gather = self.gather_bytes_s.get().unwrap_or(PRIOR_GATHER_BYTES_S);
         let raw_rate = (gather * cores).min(link);
         let options: Vec<(Choice, f64, f64)> = (0..LEVELS.len())
             .map(|index| {
@@ -235,7 +257,7 @@ mod test {
         let mut chooser = Chooser::new(2, 2);
         for _ in 0..20 {
             chooser.observe_link(link_bytes_s as u64, 1.0);
-            chooser.observe_spare_cores(spare_cores);
+            chooser.observe_spare_cores(spare_cores, 1.0);
             chooser.end_window();
         }
         chooser
@@ -309,7 +331,7 @@ mod test {
             let mut chooser = Chooser::new(2, 2);
             for _ in 0..40 {
                 chooser.observe_link(link as u64, 1.0);
-                chooser.observe_spare_cores(spare);
+                chooser.observe_spare_cores(spare, 1.0);
                 chooser.observe_gather(3_000_000_000, 1.0);
                 for (index, level) in LEVELS.iter().enumerate() {
                     let raw = 1_000_000_000u64;

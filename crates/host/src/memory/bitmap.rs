@@ -108,11 +108,16 @@ impl PageBitmap {
     pub fn iter_ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let mut next = 0;
         std::iter::from_fn(move || {
-            let start = self.find(next, 0)?;
-            let end = self.find(start, u64::MAX).unwrap_or(self.pages);
-            next = end;
-            Some(start..end)
+            let range = self.next_range(next)?;
+            next = range.end;
+            Some(range)
         })
+    }
+
+    /// The first run of pages in the set that begins at or after `from`, or the rest of one that covers `from`.
+    pub fn next_range(&self, from: u64) -> Option<Range<u64>> {
+        let start = self.find(from, 0)?;
+        Some(start..self.find(start, u64::MAX).unwrap_or(self.pages))
     }
 
     /// The first page at or after `from` whose bit differs from those of `flip` (0: first set, all ones: first

@@ -1,0 +1,340 @@
+//! From a set of pages to frames: the plan of a round, and the worker that encodes one group after another.
+//!
+//! ```text
+//!  PageBitmap ──► Plan ──group of ≤ 64 pages──► Worker: pread → zero scan → compress? → frame
+//!                  └──holes (never read)──► zero frames
+//! ```
+//!
+//! Invariants
+//! * Every page of the set is in exactly one frame of the round; a page is zero or data by the bytes that were
+//!   read, and the frame's check is over those same bytes.
+//! * A group is at most [`GROUP_PAGES`] pages of one block, ascending, so that it stays in the processor's cache
+//!   between its read and its encoding, and holds up an urgent frame for no more than about 2 ms at 1 Gbit/s.
+//!
+//! Not here: threads and the socket (`source`), whether to compress (`engine::block::encode`).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::time::{ClockId, clock_gettime};
+use whimbrel_engine::block::encode::{Chooser, RATIO_MAX, Verdict};
+use whimbrel_wire::peer::memory::{self as wire, Encoding, RoundCounts, Run};
+
+use crate::codec::{Compressor, is_zero};
+use crate::error::Result;
+use crate::memory::bitmap::{PAGE_BYTES, PageBitmap};
+use crate::memory::ram::RamFile;
+
+/// Pages that are read, and compressed, together.
+pub const GROUP_PAGES: usize = 64;
+/// A zero frame is sent when it has so many runs.
+const ZERO_RUNS: usize = 1024;
+
+/// The processor time of the calling thread, seconds.
+pub fn thread_cpu_s() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn run(pages: Range<u64>) -> Run {
+    // A block has fewer than 2^32 pages: `RamFile` refuses others.
+    let first_page = u32::try_from(pages.start).unwrap_or(u32::MAX);
+    Run { first_page, pages: u32::try_from(pages.end - pages.start).unwrap_or(0) }
+}
+
+fn range(run: &Run) -> Range<u64> {
+    u64::from(run.first_page)..u64::from(run.first_page) + u64::from(run.pages)
+}
+
+/// What a round still has to send, in order of blocks and pages.
+pub struct Plan {
+    blocks: Arc<[RamFile]>,
+    left: Vec<PageBitmap>,
+    /// Where in `left` the next piece is looked for.
+    block: usize,
+    page: u64,
+    /// Known to be data, not handed out yet.
+    data: Range<u64>,
+    look_for_holes: bool,
+}
+
+/// A piece of a round; its runs are of one block, ascending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// At most [`GROUP_PAGES`] pages to read of the block with this index.
+    Group(u16),
+    /// Pages that are holes in the block with this index.
+    Holes(u16),
+}
+
+impl Plan {
+    /// The plan to send `pages`, one set for each block. Holes are worth looking for in a round of whole blocks;
+    /// what a guest has written is none.
+    pub fn new(blocks: Arc<[RamFile]>, pages: &[PageBitmap], look_for_holes: bool) -> Self {
+        Self { blocks, left: pages.to_vec(), block: 0, page: 0, data: 0..0, look_for_holes }
+    }
+
+    /// The next piece, its pages in `runs`.
+    pub fn next(&mut self, runs: &mut Vec<Run>) -> Result<Option<Piece>> {
+        runs.clear();
+        let mut room = GROUP_PAGES as u64;
+        while room > 0 {
+            if self.data.is_empty() {
+                let Some((holes, data)) = self.look()? else { break };
+                if !holes.is_empty() {
+                    if !runs.is_empty() {
+                        break;
+                    }
+                    self.page = holes.end;
+                    runs.push(run(holes));
+                    return Ok(Some(Piece::Holes(self.index())));
+                }
+                if data.is_empty() {
+                    // The block has no more: a group does not reach into the next one.
+                    if !runs.is_empty() {
+                        break;
+                    }
+                    (self.block, self.page) = (self.block + 1, 0);
+                    continue;
+                }
+                self.page = data.end;
+                self.data = data;
+            }
+            let end = self.data.end.min(self.data.start + room);
+            room -= end - self.data.start;
+            runs.push(run(self.data.start..end));
+            self.data.start = end;
+        }
+        Ok((!runs.is_empty()).then_some(Piece::Group(self.index())))
+    }
+
+    /// What comes next in the current block: holes, then data; both empty at its end; nothing after the last block.
+    fn look(&self) -> Result<Option<(Range<u64>, Range<u64>)>> {
+        let (Some(left), Some(ram)) = (self.left.get(self.block), self.blocks.get(self.block)) else {
+            return Ok(None);
+        };
+        let Some(dirty) = left.next_range(self.page) else { return Ok(Some((0..0, 0..0))) };
+        if !self.look_for_holes {
+            return Ok(Some((0..0, dirty)));
+        }
+        Ok(Some(match ram.next_data(dirty.start, dirty.end)? {
+            Some(data) => (dirty.start..data.start, data),
+            None => (dirty, 0..0),
+        }))
+    }
+
+    fn index(&self) -> u16 {
+        u16::try_from(self.block).unwrap_or(u16::MAX)
+    }
+}
+
+/// What a worker did in a round.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Pages by kind.
+    pub counts: RoundCounts,
+    /// Bytes that were compressed.
+    pub packed_raw_bytes: u64,
+    /// What they were compressed to.
+    pub packed_wire_bytes: u64,
+    /// Processor time, seconds.
+    pub cpu_s: f64,
+}
+
+/// Encodes pieces of a round; one per thread, kept from round to round.
+pub struct Worker {
+    blocks: Arc<[RamFile]>,
+    chooser: Arc<Mutex<Chooser>>,
+    compressor: Compressor,
+    round: u32,
+    /// Pages that were read and are not zero, not sent yet, and where they belong.
+    data: Vec<u8>,
+    data_len: usize,
+    data_runs: Vec<Run>,
+    data_block: u16,
+    packed: Vec<u8>,
+    zero_runs: Vec<Run>,
+    zero_block: u16,
+    /// What the last group compressed to; guests' memory is alike for long stretches.
+    last_ratio: f64,
+    gather_cpu_s: f64,
+    gathered_bytes: u64,
+    work: Work,
+}
+
+impl Worker {
+    /// A worker for these blocks.
+    pub fn new(blocks: Arc<[RamFile]>, chooser: Arc<Mutex<Chooser>>) -> Result<Self> {
+        Ok(Self {
+            blocks,
+            chooser,
+            compressor: Compressor::new()?,
+            round: 0,
+            // Pages carried over from one group, then the next group.
+            data: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
+            data_len: 0,
+            data_runs: Vec::new(),
+            data_block: 0,
+            packed: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
+            zero_runs: Vec::new(),
+            zero_block: 0,
+            last_ratio: 1.0,
+            gather_cpu_s: 0.0,
+            gathered_bytes: 0,
+            work: Work::default(),
+        })
+    }
+
+    /// What was encoded in this round so far.
+    pub fn work(&self) -> Work {
+        self.work
+    }
+
+    /// Starts a round.
+    pub fn begin(&mut self, round: u32) {
+        self.round = round;
+        self.work = Work::default();
+        self.data_len = 0;
+        self.data_runs.clear();
+        self.zero_runs.clear();
+    }
+
+    /// Encodes a piece; frames that are ready are appended to `out`.
+    pub fn encode(&mut self, piece: Piece, runs: &[Run], out: &mut Vec<u8>) -> Result<()> {
+        match piece {
+            Piece::Holes(block) => runs.iter().for_each(|holes| self.add_zero(block, *holes, out)),
+            Piece::Group(block) => {
+                if block != self.data_block {
+                    self.flush_data(out)?;
+                    self.data_block = block;
+                }
+                let start_s = thread_cpu_s();
+                self.gather(block, runs, out)?;
+                self.gather_cpu_s += thread_cpu_s() - start_s;
+                if self.data_len >= GROUP_PAGES * PAGE_BYTES {
+                    self.flush_data(out)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a round: what was held back is appended to `out`.
+    pub fn end(&mut self, out: &mut Vec<u8>) -> Result<Work> {
+        self.flush_data(out)?;
+        self.flush_zero(out);
+        Ok(self.work)
+    }
+
+    /// Reads the runs and keeps the pages that are not zero.
+    fn gather(&mut self, block: u16, runs: &[Run], out: &mut Vec<u8>) -> Result<()> {
+        let blocks = Arc::clone(&self.blocks);
+        let Some(ram) = blocks.get(usize::from(block)) else { return Ok(()) };
+        for run in runs {
+            let bytes = run.pages as usize * PAGE_BYTES;
+            let start = self.data_len;
+            let Some(buffer) = self.data.get_mut(start..start + bytes) else { return Ok(()) };
+            ram.read(u64::from(run.first_page), buffer)?;
+            self.gathered_bytes += bytes as u64;
+            self.keep_data(block, run, start, out);
+        }
+        Ok(())
+    }
+
+    /// Moves the pages of a run, just read to `start`, together over the zero ones.
+    fn keep_data(&mut self, block: u16, run: &Run, start: usize, out: &mut Vec<u8>) {
+        let mut kept: Option<Run> = None;
+        for (index, page) in range(run).enumerate() {
+            let at = start + index * PAGE_BYTES;
+            let first_page = u32::try_from(page).unwrap_or(u32::MAX);
+            if self.data.get(at..at + PAGE_BYTES).is_none_or(is_zero) {
+                self.data_runs.extend(kept.take());
+                self.add_zero(block, Run { first_page, pages: 1 }, out);
+                continue;
+            }
+            if at != self.data_len {
+                self.data.copy_within(at..at + PAGE_BYTES, self.data_len);
+            }
+            self.data_len += PAGE_BYTES;
+            match &mut kept {
+                Some(kept) => kept.pages += 1,
+                None => kept = Some(Run { first_page, pages: 1 }),
+            }
+        }
+        self.data_runs.extend(kept);
+    }
+
+    fn add_zero(&mut self, block: u16, zero: Run, out: &mut Vec<u8>) {
+        if block != self.zero_block || self.zero_runs.len() >= ZERO_RUNS {
+            self.flush_zero(out);
+            self.zero_block = block;
+        }
+        self.work.counts.zero_pages += u64::from(zero.pages);
+        match self.zero_runs.last_mut() {
+            Some(last) if range(last).end == range(&zero).start => last.pages += zero.pages,
+            _ => self.zero_runs.push(zero),
+        }
+    }
+
+    fn flush_zero(&mut self, out: &mut Vec<u8>) {
+        if !self.zero_runs.is_empty() {
+            wire::put_pages(out, self.round, self.zero_block, Encoding::Zero, &self.zero_runs, &[], &[]);
+            self.zero_runs.clear();
+        }
+    }
+
+    fn flush_data(&mut self, out: &mut Vec<u8>) -> Result<()> {
+        let raw = self.data.get(..self.data_len).unwrap_or(&[]);
+        if raw.is_empty() {
+            return Ok(());
+        }
+        let start_s = thread_cpu_s();
+        let verdict = decide(&self.chooser, &mut self.compressor, self.last_ratio, raw)?;
+        let mut packed_len = None;
+        if let Verdict::Compress { level } = verdict {
+            let limit = (raw.len() as f64 * RATIO_MAX) as usize;
+            let room = self.packed.get_mut(..limit).unwrap_or(&mut []);
+            packed_len = self.compressor.compress(level, raw, room)?;
+            let wire_len = packed_len.unwrap_or(raw.len());
+            self.last_ratio = wire_len as f64 / raw.len() as f64;
+            let cpu_s = thread_cpu_s() - start_s;
+            self.work.cpu_s += cpu_s;
+            self.chooser.lock().observe_compress(level, raw.len() as u64, wire_len as u64, cpu_s);
+        }
+        let framing_s = thread_cpu_s();
+        let (encoding, payload) = match packed_len.and_then(|len| self.packed.get(..len)) {
+            Some(packed) => (Encoding::Zstd, packed),
+            None => (Encoding::Raw, raw),
+        };
+        if encoding == Encoding::Zstd {
+            self.work.packed_raw_bytes += raw.len() as u64;
+            self.work.packed_wire_bytes += payload.len() as u64;
+        }
+        wire::put_pages(out, self.round, self.data_block, encoding, &self.data_runs, raw, payload);
+        self.work.counts.data_pages += (raw.len() / PAGE_BYTES) as u64;
+        self.data_len = 0;
+        self.data_runs.clear();
+        self.gather_cpu_s += thread_cpu_s() - framing_s;
+        self.chooser.lock().observe_gather(self.gathered_bytes, self.gather_cpu_s);
+        self.work.cpu_s += self.gather_cpu_s;
+        (self.gathered_bytes, self.gather_cpu_s) = (0, 0.0);
+        Ok(())
+    }
+}
+
+/// Whether to compress `raw`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
+/// alike for long stretches.
+fn decide(
+    chooser: &Mutex<Chooser>,
+    compressor: &mut Compressor,
+    last_ratio: f64,
+    raw: &[u8],
+) -> Result<Verdict> {
+    let default = chooser.lock().decide(0.0);
+    if matches!(default, Verdict::Raw(_)) || last_ratio < 0.8 {
+        return Ok(default);
+    }
+    let ratio = compressor.sample_ratio(raw)?;
+    Ok(chooser.lock().decide(ratio))
+}

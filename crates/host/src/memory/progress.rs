@@ -1,0 +1,48 @@
+//! How far a move of memory is, for people and for the engine; the same figures in both modes.
+//!
+//! Not here: time left (`engine::memory::precopy`), the task's state (`task`).
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+/// The figures of one move, shared between who moves and who shows.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<Mutex<Figures>>);
+
+/// A look at a move. Counters run over all rounds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// The round under way, from 1; 0 before the first.
+    pub round: u32,
+    /// Size of the guest's memory, bytes.
+    pub total_bytes: u64,
+    /// Pages of the round under way that are still to be sent.
+    pub left_pages: u64,
+    /// Pages sent with their bytes.
+    pub data_pages: u64,
+    /// Pages found to be zero.
+    pub zero_pages: u64,
+    /// Bytes that went out, headers included.
+    pub wire_bytes: u64,
+    /// Memory that was sent compressed, bytes before compression.
+    pub packed_raw_bytes: u64,
+    /// The same after compression.
+    pub packed_wire_bytes: u64,
+    /// Wire bytes per second that the link takes; 0 before it was measured.
+    pub link_bytes_s: u64,
+    /// Bytes per second that the guest writes; 0 before it was measured.
+    pub dirty_bytes_s: u64,
+}
+
+impl Progress {
+    /// The figures now.
+    pub fn get(&self) -> Figures {
+        *self.0.lock()
+    }
+
+    /// Changes the figures.
+    pub fn update(&self, change: impl FnOnce(&mut Figures)) {
+        change(&mut self.0.lock());
+    }
+}

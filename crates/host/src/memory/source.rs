@@ -1,0 +1,473 @@
+//! The sending side of mode A: rounds of pages over one stream.
+//!
+//! ```text
+//!   send_round:  Plan ──► Worker (blocking thread) ─┐ bounded queue
+//!                    └──► Worker (blocking thread) ─┴──► writer (limiter, stream) ──► target
+//!                                                            └─ every window: Chooser::end_window
+//! ```
+//!
+//! A round is over when the target has said that every page of it is in place, so two rounds never overlap.
+//!
+//! Invariants
+//! * Pages are read while the guest writes. The caller takes a page out of the tracker, which re-arms it, **before**
+//!   it hands the page to [`Source::send_round`]: a page that is torn by a write is dirty again and is in a later
+//!   round. The last round is sent while the guest is paused.
+//! * At most [`QUEUE_FRAMES`] groups are encoded and unsent: memory is bounded, and a slow link slows the workers.
+//! * Dropping the future of `send_round` cancels it; the stream is of no use afterwards, and says so.
+//!
+//! Not here: which pages, how many rounds (`guest`, `engine::memory::precopy`), the format (`wire::peer::memory`).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
+use whimbrel_engine::block::encode::Chooser;
+use whimbrel_engine::memory::precopy::Round;
+use whimbrel_wire::peer::memory::{BlockShape, Control, RoundCounts, Run};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::bitmap::PageBitmap;
+use crate::memory::encoder::{Plan, Work, Worker};
+use crate::memory::frames::{read_control, write_control};
+use crate::memory::limit::Limiter;
+use crate::memory::progress::Progress;
+use crate::memory::ram::{self, RamFile};
+
+/// Groups of pages that may wait between the workers and the stream.
+pub const QUEUE_FRAMES: usize = 12;
+/// How long a window is, over which rates are measured and choices repeated.
+const WINDOW: Duration = Duration::from_millis(20);
+/// How often the machine's idle time is read.
+const CPU_WINDOW: Duration = Duration::from_millis(100);
+/// Less than this in a window says nothing about the link.
+const TELLING_BYTES: u64 = 256 << 10;
+/// How long a target may take to hash its RAM.
+const DIGEST_LIMIT: Duration = Duration::from_secs(600);
+
+/// How a source sends.
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// Threads that encode; at least 1. The default leaves one processor free.
+    pub workers: usize,
+    /// The limit on bytes per second; the last round ignores it.
+    pub limiter: Arc<Limiter>,
+    /// How long the target may take nothing, or not answer.
+    pub stall_limit: Duration,
+    /// Never compress (for measurements).
+    pub raw_only: bool,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            workers: cores().saturating_sub(1).max(1),
+            limiter: Arc::new(Limiter::new(None)),
+            stall_limit: Duration::from_secs(30),
+            raw_only: false,
+        }
+    }
+}
+
+pub(super) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What a round was.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RoundReport {
+    /// The round's number, from 1.
+    pub round: u32,
+    /// Pages by kind.
+    pub counts: RoundCounts,
+    /// Bytes that went out.
+    pub wire_bytes: u64,
+    /// From the call to the target's answer.
+    pub duration: Duration,
+    /// Part of it that was spent obeying the bandwidth limit.
+    pub throttled: Duration,
+    /// Wire bytes per second that the link takes, as measured so far; 0 if unknown.
+    pub link_bytes_s: u64,
+    /// Processor time of encoding, seconds.
+    pub encode_cpu_s: f64,
+    /// Processor time of decoding and writing at the target, milliseconds.
+    pub decode_ms: u64,
+}
+
+impl RoundReport {
+    /// The round as the engine judges it, with what is dirty now.
+    pub fn to_engine(&self, dirty_pages: u64, hot_pages: u64, disk_tail_bytes: u64) -> Round {
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Round {
+            data_pages: self.counts.data_pages,
+            duration_us: us(self.duration),
+            throttled_us: us(self.throttled),
+            link_bytes_s: self.link_bytes_s,
+            dirty_pages,
+            hot_pages,
+            disk_tail_bytes,
+        }
+    }
+}
+
+/// The sending side of one move.
+pub struct Source<S> {
+    stream: S,
+    blocks: Arc<[RamFile]>,
+    options: SourceOptions,
+    chooser: Arc<Mutex<Chooser>>,
+    /// Workers at rest.
+    workers: Vec<Worker>,
+    spare_buffers: Arc<Mutex<Vec<Vec<u8>>>>,
+    progress: Progress,
+    round: u32,
+    cpu: CpuMeter,
+    /// A round was begun and not finished: the stream is somewhere in the middle.
+    broken: bool,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
+    /// Tells the target what is coming and waits until it agrees.
+    pub async fn open(
+        stream: S,
+        blocks: Vec<RamFile>,
+        options: SourceOptions,
+        progress: Progress,
+    ) -> Result<Self> {
+        let blocks: Arc<[RamFile]> = blocks.into();
+        let threads = options.workers.max(1);
+        let chooser = Chooser::new(u32::try_from(cores()).unwrap_or(1), u32::try_from(threads).unwrap_or(1));
+        let chooser = Arc::new(Mutex::new(chooser));
+        let workers = (0..threads).map(|_| Worker::new(Arc::clone(&blocks), Arc::clone(&chooser)));
+        let mut source = Self {
+            stream,
+            options,
+            workers: workers.collect::<Result<_>>()?,
+            chooser,
+            spare_buffers: Arc::default(),
+            progress,
+            round: 0,
+            cpu: CpuMeter::new(),
+            broken: false,
+            blocks,
+        };
+        let shapes = source.blocks.iter();
+        let shapes =
+            shapes.map(|ram| BlockShape { name: ram.name().to_owned(), pages: ram.pages() }).collect();
+        let total_pages: u64 = source.blocks.iter().map(RamFile::pages).sum();
+        source.progress.update(|figures| figures.total_bytes = total_pages * 4096);
+        source.say(&Control::Open { blocks: shapes }).await.context("offer RAM")?;
+        match source.hear(source.options.stall_limit).await.context("offer RAM")? {
+            Control::Opened => Ok(source),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Empty sets, one for each block.
+    pub fn empty_sets(&self) -> Vec<PageBitmap> {
+        self.blocks.iter().map(|ram| PageBitmap::new(ram.pages())).collect()
+    }
+
+    /// Full sets, one for each block: the first round.
+    pub fn full_sets(&self) -> Vec<PageBitmap> {
+        self.blocks.iter().map(|ram| PageBitmap::full(ram.pages())).collect()
+    }
+
+    /// Sends the pages of `sets` (one set for each block) and waits until the target has them. `last` says that the
+    /// guest is paused; the bandwidth limit is then lifted.
+    pub async fn send_round(&mut self, sets: &[PageBitmap], last: bool) -> Result<RoundReport> {
+        if self.broken {
+            return Err(Error::new(ErrorKind::Cancelled, "send RAM: an earlier round was cut short"));
+        }
+        self.broken = true;
+        let start = Instant::now();
+        self.round += 1;
+        let left_pages: u64 = sets.iter().map(PageBitmap::count).sum();
+        let round = self.round;
+        self.progress.update(|figures| (figures.round, figures.left_pages) = (round, left_pages));
+        let sent = self.try_round(sets, last).await;
+        let (mut report, work) = match sent {
+            Ok(sent) => sent,
+            Err(error) => return Err(self.explain(error).await),
+        };
+        report.duration = start.elapsed();
+        report.counts = work.counts;
+        report.encode_cpu_s = work.cpu_s;
+        report.round = round;
+        let link_bytes_s = self.chooser.lock().link_bytes_s().unwrap_or(0.0) as u64;
+        report.link_bytes_s = link_bytes_s;
+        self.progress.update(|figures| {
+            figures.left_pages = 0;
+            figures.link_bytes_s = link_bytes_s;
+            figures.packed_raw_bytes += work.packed_raw_bytes;
+            figures.packed_wire_bytes += work.packed_wire_bytes;
+        });
+        self.broken = false;
+        Ok(report)
+    }
+
+    /// Hashes all RAM on both sides at once; the guest is paused. An error of kind `Corrupt` if they differ.
+    pub async fn compare_digests(&mut self) -> Result<blake3::Hash> {
+        let blocks = Arc::clone(&self.blocks);
+        let ours = spawn_blocking(move || ram::digest(&blocks, cores()));
+        self.say(&Control::DigestAsk).await.context("compare RAM")?;
+        let theirs = match self.hear(DIGEST_LIMIT).await.context("compare RAM")? {
+            Control::Digest { blake3 } => blake3,
+            other => return Err(unexpected(&other)),
+        };
+        let ours = joined(ours.await)?;
+        if ours.to_hex().as_str() == theirs {
+            return Ok(ours);
+        }
+        let text = format!("compare RAM: the source has {}, the target {theirs}", ours.to_hex());
+        Err(Error::new(ErrorKind::Corrupt, text))
+    }
+
+    /// Says that no more rounds follow, and waits until the target knows.
+    pub async fn close(mut self) -> Result<()> {
+        self.say(&Control::Close).await.context("finish RAM")?;
+        match self.hear(self.options.stall_limit).await.context("finish RAM")? {
+            Control::Closed => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn try_round(&mut self, sets: &[PageBitmap], last: bool) -> Result<(RoundReport, Work)> {
+        self.say(&Control::RoundBegin { last }).await?;
+        let plan = Plan::new(Arc::clone(&self.blocks), sets, self.round == 1);
+        let (sender, receiver) = mpsc::channel(QUEUE_FRAMES);
+        let threads = self.start_workers(plan, sender);
+        let mut report = RoundReport::default();
+        self.write_frames(receiver, last, &mut report).await?;
+        let mut work = Work::default();
+        for thread in threads {
+            let (worker, did) = joined(thread.await)?;
+            self.workers.push(worker);
+            work.counts.data_pages += did.counts.data_pages;
+            work.counts.zero_pages += did.counts.zero_pages;
+            work.packed_raw_bytes += did.packed_raw_bytes;
+            work.packed_wire_bytes += did.packed_wire_bytes;
+            work.cpu_s += did.cpu_s;
+        }
+        self.say(&Control::RoundEnd { counts: work.counts }).await?;
+        match self.hear(self.options.stall_limit).await? {
+            Control::RoundDone { counts, decode_ms } if counts == work.counts => report.decode_ms = decode_ms,
+            Control::RoundDone { counts, .. } => {
+                let text = format!("the target wrote {counts:?} of {:?}", work.counts);
+                return Err(Error::new(ErrorKind::Corrupt, text));
+            }
+            other => return Err(unexpected(&other)),
+        }
+        Ok((report, work))
+    }
+
+    fn start_workers(
+        &mut self,
+        plan: Plan,
+        sender: mpsc::Sender<Encoded>,
+    ) -> Vec<JoinHandle<Result<(Worker, Work)>>> {
+        let plan = Arc::new(Mutex::new(plan));
+        let round = self.round;
+        let start = |worker: Worker| {
+            let (plan, sender, spare) = (Arc::clone(&plan), sender.clone(), Arc::clone(&self.spare_buffers));
+            spawn_blocking(move || encode_round(worker, round, &plan, &sender, &spare))
+        };
+        self.workers.drain(..).map(start).collect()
+    }
+
+    async fn write_frames(
+        &mut self,
+        mut frames: mpsc::Receiver<Encoded>,
+        last: bool,
+        report: &mut RoundReport,
+    ) -> Result<()> {
+        let mut window = LinkWindow::new();
+        while let Some(frame) = frames.recv().await {
+            if !last {
+                report.throttled += self.options.limiter.pass(frame.bytes.len()).await;
+            }
+            let start = Instant::now();
+            timeout(self.options.stall_limit, self.stream.write_all(&frame.bytes))
+                .await
+                .map_err(|_| Error::new(ErrorKind::TimedOut, "the target takes no more pages"))?
+                .context("write to target")?;
+            let bytes = frame.bytes.len() as u64;
+            window.add(bytes, start.elapsed());
+            report.wire_bytes += bytes;
+            let counts = frame.counts;
+            self.progress.update(|figures| {
+                figures.wire_bytes += bytes;
+                figures.data_pages += counts.data_pages;
+                figures.zero_pages += counts.zero_pages;
+                let done = counts.data_pages + counts.zero_pages;
+                figures.left_pages = figures.left_pages.saturating_sub(done);
+            });
+            self.give_back(frame.bytes);
+            self.cpu.encoded(frame.cpu_s);
+            self.end_window(&mut window);
+        }
+        Ok(())
+    }
+
+    fn end_window(&mut self, window: &mut LinkWindow) {
+        if window.start.elapsed() < WINDOW {
+            return;
+        }
+        let spare = self.cpu.spare_cores();
+        let mut chooser = self.chooser.lock();
+        if window.bytes >= TELLING_BYTES {
+            chooser.observe_link(window.bytes, window.busy.as_secs_f64());
+        }
+        if let Some((cores, seconds)) = spare {
+            chooser.observe_spare_cores(cores, seconds);
+        }
+        if !self.options.raw_only {
+            chooser.end_window();
+        }
+        *window = LinkWindow::new();
+    }
+
+    fn give_back(&self, mut buffer: Vec<u8>) {
+        let mut spare = self.spare_buffers.lock();
+        if spare.len() < QUEUE_FRAMES {
+            buffer.clear();
+            spare.push(buffer);
+        }
+    }
+
+    async fn say(&mut self, message: &Control) -> Result<()> {
+        write_control(&mut self.stream, message, self.round, self.options.stall_limit).await
+    }
+
+    async fn hear(&mut self, limit: Duration) -> Result<Control> {
+        read_control(&mut self.stream, limit).await
+    }
+
+    /// A target that gives up says why and closes; what we see first is a broken stream.
+    async fn explain(&mut self, error: Error) -> Error {
+        if error.kind() == ErrorKind::Unavailable
+            && let Err(refused) = self.hear(Duration::from_millis(500)).await
+            && refused.kind() != ErrorKind::Unavailable
+            && refused.kind() != ErrorKind::TimedOut
+        {
+            return refused;
+        }
+        error
+    }
+}
+
+/// A worker's output: whole frames.
+struct Encoded {
+    bytes: Vec<u8>,
+    counts: RoundCounts,
+    cpu_s: f64,
+}
+
+/// The thread of one worker for one round.
+fn encode_round(
+    mut worker: Worker,
+    round: u32,
+    plan: &Mutex<Plan>,
+    sender: &mpsc::Sender<Encoded>,
+    spare: &Mutex<Vec<Vec<u8>>>,
+) -> Result<(Worker, Work)> {
+    worker.begin(round);
+    let mut runs: Vec<Run> = Vec::new();
+    let mut before = Work::default();
+    loop {
+        let mut bytes = spare.lock().pop().unwrap_or_default();
+        let mut ended = None;
+        while bytes.is_empty() && ended.is_none() {
+            let piece = plan.lock().next(&mut runs)?;
+            match piece {
+                Some(piece) => worker.encode(piece, &runs, &mut bytes)?,
+                None => ended = Some(worker.end(&mut bytes)?),
+            }
+        }
+        let work = worker.work();
+        let counts = RoundCounts {
+            data_pages: work.counts.data_pages - before.counts.data_pages,
+            zero_pages: work.counts.zero_pages - before.counts.zero_pages,
+        };
+        let cpu_s = work.cpu_s - before.cpu_s;
+        before = work;
+        // The receiver is gone if the round was given up: nobody waits for the rest.
+        if !bytes.is_empty() && sender.blocking_send(Encoded { bytes, counts, cpu_s }).is_err() {
+            return Err(Error::new(ErrorKind::Cancelled, "encode RAM: the round was given up"));
+        }
+        if let Some(work) = ended {
+            return Ok((worker, work));
+        }
+    }
+}
+
+/// What a join gives, or the death of the thread as an error.
+pub(super) fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    result.unwrap_or_else(|error| Err(Error::with_source(ErrorKind::Internal, "work on RAM", error)))
+}
+
+pub(super) fn unexpected(message: &Control) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("read page stream: {message:?} is out of place"))
+}
+
+/// Bytes written, and the time for which the stream was busy with them.
+struct LinkWindow {
+    start: Instant,
+    bytes: u64,
+    busy: Duration,
+}
+
+impl LinkWindow {
+    fn new() -> Self {
+        Self { start: Instant::now(), bytes: 0, busy: Duration::ZERO }
+    }
+
+    fn add(&mut self, bytes: u64, busy: Duration) {
+        self.bytes += bytes;
+        self.busy += busy;
+    }
+}
+
+/// How many processors are idle or busy with encoding for this move.
+struct CpuMeter {
+    since: Instant,
+    idle_ticks: Option<u64>,
+    encode_s: f64,
+}
+
+impl CpuMeter {
+    fn new() -> Self {
+        Self { since: Instant::now(), idle_ticks: idle_ticks(), encode_s: 0.0 }
+    }
+
+    fn encoded(&mut self, cpu_s: f64) {
+        self.encode_s += cpu_s;
+    }
+
+    /// Processors, and the seconds over which that was measured; nothing if it is too early to tell.
+    fn spare_cores(&mut self) -> Option<(f64, f64)> {
+        let seconds = self.since.elapsed().as_secs_f64();
+        if seconds < CPU_WINDOW.as_secs_f64() {
+            return None;
+        }
+        let now = idle_ticks();
+        // Ticks are hundredths of a second, whatever the kernel's own.
+        let idle_s = now?.saturating_sub(self.idle_ticks?) as f64 / 100.0;
+        let cores = (idle_s + self.encode_s) / seconds;
+        (self.since, self.idle_ticks, self.encode_s) = (Instant::now(), now, 0.0);
+        Some((cores, seconds))
+    }
+}
+
+/// The machine's idle time, all processors together, in hundredths of a second.
+fn idle_ticks() -> Option<u64> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    // cpu user nice system idle iowait …
+    let mut fields = stat.lines().next()?.split_ascii_whitespace();
+    let idle: u64 = fields.nth(4)?.parse().ok()?;
+    let io_wait: u64 = fields.next()?.parse().ok()?;
+    Some(idle + io_wait)
+}
