@@ -40,4 +40,12 @@ pub use slot::{DeviceSlot, SlotState};
 pub use socket::SocketOwner;
 
 #[cfg(test)]
+mod test_blkio;
+#[cfg(test)]
 pub(crate) mod test_device;
+#[cfg(test)]
+mod test_guest;
+#[cfg(test)]
+mod test_kill;
+#[cfg(test)]
+mod test_vhost_user;
