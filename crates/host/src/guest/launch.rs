@@ -327,3 +327,100 @@ fn boot(line: &mut Line, spec: &VmSpec) {
         }
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use whimbrel_wire::meta::NetSpec;
+
+    fn plan(version: Version) -> LaunchPlan {
+        let spec = VmSpec {
+            memory_bytes: 1 << 30,
+            vcpus: 2,
+            volumes: vec!["root".parse().unwrap(), "data".parse().unwrap()],
+            nets: vec![NetSpec { bridge: "br0".into(), mac: "52:54:00:12:34:56".into() }],
+            machine: Some("pc-q35-7.2".into()),
+            accel: Some("tcg".into()),
+            cpu: Some("qemu64".into()),
+            qemu_args: vec!["-chardev".into(), "file,id=x,path={run}/x".into()],
+            ..VmSpec::default()
+        };
+        let disk = |id: &str, kind| DiskSocket {
+            id: id.parse().unwrap(),
+            socket_path: format!("/run/whimbrel/a,b/{id}.sock").into(),
+            kind,
+        };
+        LaunchPlan {
+            name: "web-1".parse().unwrap(),
+            spec,
+            qemu: QemuBinary { path: "/usr/bin/qemu-system-x86_64".into(), version, firmware: Vec::new() },
+            run_dir: "/run/whimbrel/vm/web-1".into(),
+            ram_path: "/dev/shm/whimbrel/web-1".into(),
+            disks: vec![disk("root", DiskKind::VhostUserBlk), disk("data", DiskKind::Nbd)],
+            taps: vec![std::fs::File::open("/dev/null").unwrap().into()],
+            incoming: false,
+            user: None,
+        }
+    }
+
+    const V7: Version = Version { major: 7, minor: 2, micro: 22 };
+    const V10: Version = Version { major: 10, minor: 0, micro: 2 };
+
+    fn text(plan: &LaunchPlan) -> Vec<String> {
+        command_line(plan).unwrap().into_iter().map(|word| word.into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn ram_is_a_shared_named_file_and_disks_reconnect_as_the_version_spells_it() {
+        let line = text(&plan(V7)).join(" ");
+        assert!(line.contains(
+            "memory-backend-file,id=ram,size=1073741824,mem-path=/dev/shm/whimbrel/web-1,share=on"
+        ));
+        assert!(line.contains("-machine pc-q35-7.2,accel=tcg,memory-backend=ram"));
+        assert!(line.contains("socket,id=vhost0,path=/run/whimbrel/a,,b/root.sock,reconnect=1 "));
+        assert!(line.contains("server.path=/run/whimbrel/a,,b/data.sock,export=data"));
+        assert!(text(&plan(V10)).join(" ").contains(",reconnect-ms=100 "));
+        assert!(line.contains("path=/run/whimbrel/vm/web-1/x"), "{{run}} is replaced");
+    }
+
+    #[test]
+    fn source_and_target_have_the_same_devices() {
+        let source = plan(V7);
+        let mut target = plan(V10);
+        target.run_dir = "/elsewhere".into();
+        target.ram_path = "/dev/shm/other".into();
+        target.incoming = true;
+        let devices = |plan: &LaunchPlan| {
+            let line = text(plan);
+            let pairs = line
+                .windows(2)
+                .filter(|pair| matches!(pair[0].as_str(), "-device" | "-machine" | "-cpu" | "-m"));
+            pairs.map(|pair| pair[1].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(devices(&source), devices(&target));
+        let line = text(&target);
+        assert!(
+            line.windows(2).any(|pair| pair == ["-incoming", "defer"]) && line.contains(&"-S".to_owned())
+        );
+        assert!(!text(&source).contains(&"-S".to_owned()));
+    }
+
+    #[test]
+    fn a_plan_that_makes_no_sense_is_refused_with_words() {
+        let cases: [(&str, fn(&mut LaunchPlan)); 6] = [
+            ("multiple of 4096", |plan| plan.spec.memory_bytes = 4097),
+            ("no processor", |plan| plan.spec.vcpus = 0),
+            ("0 taps for 1 networks", |plan| plan.taps.clear()),
+            ("disk sockets", |plan| drop(plan.disks.pop())),
+            ("not settled", |plan| plan.spec.machine = None),
+            ("MAC address", |plan| plan.spec.nets[0].mac = "52:54:00:12:34:5,id=x".into()),
+        ];
+        for (words, spoil) in cases {
+            let mut plan = plan(V10);
+            spoil(&mut plan);
+            let error = command_line(&plan).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+}

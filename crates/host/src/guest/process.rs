@@ -161,6 +161,18 @@ pub async fn spawn(plan: &LaunchPlan) -> Result<Started> {
     }
 }
 
+/// Removes what a VM that has ended leaves on this host: its RAM and its directory of sockets and logs.
+pub fn remove_files(run_dir: &Path, ram_path: &Path) -> Result<()> {
+    let gone = |result: io::Result<()>, path: &Path| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    };
+    gone(fs::remove_file(ram_path), ram_path)?;
+    gone(fs::remove_dir_all(run_dir), run_dir)
+}
+
 async fn connect(plan: &LaunchPlan, process: &QemuProcess) -> Result<Qmp> {
     let deadline = Instant::now() + START_LIMIT;
     loop {

@@ -432,3 +432,134 @@ fn dispatch(inner: &Inner, mut message: Value) {
         let _ = waiting.send(answer);
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use tokio::io::AsyncWriteExt;
+
+    const GREETING: &str =
+        r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": []}}"#;
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    /// A QEMU that greets and then does what `serve` does, and a connection to it.
+    async fn fake<F>(
+        serve: impl FnOnce(BufReader<OwnedReadHalf>, OwnedWriteHalf) -> F,
+    ) -> (Qmp, tempfile::TempDir)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+        let accepted = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (reader, mut writer) = stream.into_split();
+            let mut reader = BufReader::new(reader);
+            say(&mut writer, GREETING).await;
+            let hello = read_line(&mut reader).await.unwrap();
+            assert_eq!(hello["execute"], "qmp_capabilities");
+            say(&mut writer, &format!(r#"{{"return": {{}}, "id": {}}}"#, hello["id"])).await;
+            tokio::spawn(serve(reader, writer));
+        };
+        let (qmp, ()) = tokio::join!(Qmp::connect(&path, LIMIT), accepted);
+        (qmp.unwrap(), dir)
+    }
+
+    async fn say(writer: &mut OwnedWriteHalf, line: &str) {
+        writer.write_all(format!("{line}\r\n").as_bytes()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn answers_find_their_calls_whatever_comes_between() {
+        let (qmp, _dir) = fake(async |mut reader, mut writer| {
+            let first = read_line(&mut reader).await.unwrap();
+            let second = read_line(&mut reader).await.unwrap();
+            let event = r#"{"event": "STOP", "timestamp": {"seconds": 2, "microseconds": 5}}"#;
+            say(&mut writer, event).await;
+            say(&mut writer, &format!(r#"{{"return": "two", "id": {}}}"#, second["id"])).await;
+            let failed = r#"{"class": "DeviceNotFound", "desc": "no x"}"#;
+            say(&mut writer, &format!(r#"{{"error": {failed}, "id": {}}}"#, first["id"])).await;
+        })
+        .await;
+        assert_eq!(qmp.version(), Version { major: 10, minor: 0, micro: 2 });
+        let mut events = qmp.events();
+        let first = async { qmp.execute::<Value>("one", json!({ "id": "x" })).await };
+        let (first, second) = tokio::join!(first, qmp.execute::<String>("two", json!({})));
+        let error = first.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().contains("no x"), "{error}");
+        assert_eq!(second.unwrap(), "two");
+        let event = events.wait(|event| event.name == "STOP", LIMIT).await.unwrap();
+        assert_eq!(event.time_us, 2_000_005);
+    }
+
+    #[tokio::test]
+    async fn a_call_has_a_limit_and_its_late_answer_disturbs_nobody() {
+        let (qmp, _dir) = fake(async |mut reader, mut writer| {
+            let first = read_line(&mut reader).await.unwrap();
+            let second = read_line(&mut reader).await.unwrap();
+            say(&mut writer, &format!(r#"{{"return": 1, "id": {}}}"#, first["id"])).await;
+            say(&mut writer, &format!(r#"{{"return": 2, "id": {}}}"#, second["id"])).await;
+            let _ = read_line(&mut reader).await;
+        })
+        .await;
+        let slow = qmp.execute_within::<u32>("slow", json!({}), Duration::from_millis(20)).await;
+        assert_eq!(slow.unwrap_err().kind(), ErrorKind::TimedOut);
+        assert_eq!(qmp.execute::<u32>("quick", json!({})).await.unwrap(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_is_gone_fails_waiting_and_later_calls_and_events() {
+        let (qmp, _dir) = fake(async |mut reader, writer| {
+            let _ = read_line(&mut reader).await;
+            drop(writer);
+        })
+        .await;
+        let mut events = qmp.events();
+        for _ in 0..2 {
+            let error = qmp.execute::<Value>("query-status", json!({})).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        }
+        assert!(qmp.is_closed());
+        assert_eq!(events.next().await.unwrap_err().kind(), ErrorKind::Unavailable);
+        assert_eq!(qmp.events().next().await.unwrap_err().kind(), ErrorKind::Unavailable);
+    }
+
+    #[tokio::test]
+    async fn lost_events_are_told() {
+        let (qmp, _dir) = fake(async |mut reader, mut writer| {
+            let call = read_line(&mut reader).await.unwrap();
+            for _ in 0..EVENTS_MAX + 10 {
+                say(&mut writer, r#"{"event": "X"}"#).await;
+            }
+            say(&mut writer, &format!(r#"{{"return": 1, "id": {}}}"#, call["id"])).await;
+            let _ = read_line(&mut reader).await;
+        })
+        .await;
+        let mut events = qmp.events();
+        qmp.execute::<u32>("x", json!({})).await.unwrap();
+        assert_eq!(events.next().await.unwrap_err().kind(), ErrorKind::Unknown);
+        assert_eq!(events.next().await.unwrap().name, "X");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_qmp_is_said_to_be_not_qmp() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.sock");
+        assert_eq!(Qmp::connect(&path, LIMIT).await.unwrap_err().kind(), ErrorKind::NotFound);
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let serve = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (_reader, mut writer) = stream.into_split();
+            say(&mut writer, "SSH-2.0").await;
+        };
+        let (result, ()) = tokio::join!(Qmp::connect(&path, LIMIT), serve);
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::InvalidInput);
+        let silent = Qmp::connect(&path, Duration::from_millis(20)).await.unwrap_err();
+        assert_eq!(silent.kind(), ErrorKind::TimedOut);
+    }
+}

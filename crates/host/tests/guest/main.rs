@@ -1,5 +1,7 @@
 //! Guests on real QEMU, under TCG: launching, tracking of writes, device state. `WHIMBREL_TEST_QEMU` lists the
 //! programs to test with; otherwise it is the one in `PATH`.
 
+mod launch;
 mod memory;
+mod precheck;
 mod support;
