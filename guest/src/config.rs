@@ -10,6 +10,8 @@ pub struct Config {
     pub mem_mib: usize,
     /// MiB of pages to touch per second, all threads together.
     pub mem_rate_mib_s: u64,
+    /// MiB of the arena that are written again and again; the rest is written once and only verified. 0 is all.
+    pub mem_hot_mib: usize,
     /// Threads, each with its own part of the arena.
     pub mem_threads: usize,
     /// How much of a page is random, in percent; the rest compresses.
@@ -33,6 +35,7 @@ impl Default for Config {
         Config {
             mem_mib: 0,
             mem_rate_mib_s: 10,
+            mem_hot_mib: 0,
             mem_threads: 1,
             mem_entropy: 50,
             mem_steps: 1,
@@ -68,6 +71,7 @@ impl Config {
         match key {
             "mem_mib" => self.mem_mib = number()? as usize,
             "mem_rate" => self.mem_rate_mib_s = number()?,
+            "mem_hot" => self.mem_hot_mib = number()? as usize,
             "mem_threads" => self.mem_threads = number()?.clamp(1, 64) as usize,
             "mem_entropy" => self.mem_entropy = number()?.min(100),
             "mem_steps" => self.mem_steps = if number()? > 1 { 16 } else { 1 },

@@ -28,6 +28,8 @@ pub struct Worker {
     /// Where the first page starts, so that pages of the arena are pages of the machine.
     first: usize,
     shadow: Vec<u64>,
+    /// Pages that are written again.
+    hot: usize,
     part: usize,
     threads: u64,
     steps: u64,
@@ -43,12 +45,17 @@ impl Worker {
     /// Takes this part's share of `config.mem_mib` and writes every page once.
     pub fn new(config: &Config, part: usize, counters: Arc<Counters>) -> Worker {
         let pages = (config.mem_mib << 8) / config.mem_threads;
+        let hot = match (config.mem_hot_mib << 8) / config.mem_threads {
+            0 => pages,
+            hot => hot.min(pages),
+        };
         let arena = vec![0u64; (pages + 1) * WORDS];
         let first = arena.as_ptr().align_offset(4096).min(WORDS);
         let mut worker = Worker {
             arena,
             first,
             shadow: vec![config.mem_steps - 1; pages],
+            hot,
             part,
             threads: config.mem_threads as u64,
             steps: config.mem_steps,
@@ -85,7 +92,7 @@ impl Worker {
             owed -= burst as f64;
             for _ in 0..burst {
                 // Stride by a number that shares no factor with any arena size in use: scattered, yet complete.
-                self.write_at = (self.write_at + 7919) % self.shadow.len();
+                self.write_at = (self.write_at + 7919) % self.hot;
                 let index = self.write_at;
                 self.check(index);
                 self.write(index);

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 pub use enter::{enter, inside, keep_running, own_directory, prepared};
-pub use host::{Host, VmArgs, VmSockets};
+pub use host::{Host, VmArgs, VmSockets, port_args};
 pub use net::Link;
 
 use crate::cmd::{cmd, run};

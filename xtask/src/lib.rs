@@ -17,8 +17,10 @@
 
 pub mod apt;
 pub mod beat;
+pub mod bench;
 pub mod check;
 pub mod cmd;
+pub mod cpu;
 pub mod demo;
 pub mod e2e;
 pub mod flight;
@@ -27,6 +29,7 @@ pub mod install;
 pub mod lab;
 pub mod paths;
 pub mod qemu;
+pub mod qmp;
 pub mod status;
 pub mod tcp;
 pub mod tidy;

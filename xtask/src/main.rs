@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::qemu::Version;
-use xtask::{beat, check, demo, e2e, guest, install, tidy};
+use xtask::{beat, bench, check, demo, e2e, guest, install, tidy};
 
 /// Demo, test, bench, tidy and guest images.
 #[derive(Parser)]
@@ -58,6 +58,23 @@ enum Cmd {
         long: bool,
         /// Only scenarios whose name contains one of these.
         only: Vec<String>,
+    },
+    /// Peers and Whimbrel side by side.
+    Bench {
+        /// Which bench: migrate
+        name: String,
+        /// Fewer runs.
+        #[arg(long)]
+        quick: bool,
+        /// Only these cells.
+        #[arg(long, value_delimiter = ',')]
+        cells: Vec<String>,
+        /// Never install packages.
+        #[arg(long)]
+        no_install: bool,
+        /// Only one side, while working on it.
+        #[arg(long)]
+        only: Option<bench::Side>,
     },
     /// House rules that no compiler checks.
     Tidy {
@@ -115,6 +132,13 @@ fn dispatch(command: &Cmd) -> Result<()> {
             program: program.clone(),
             only: only.clone(),
             long: *long,
+        })?,
+        Cmd::Bench { name, quick, cells, no_install, only } => bench::run(&bench::Options {
+            name: name.clone(),
+            quick: *quick,
+            cells: cells.clone(),
+            no_install: *no_install,
+            only: *only,
         })?,
         Cmd::Tidy { write_cli: true } => tidy::cli_docs(&check::build(false)?, true)?,
         Cmd::Tidy { write_cli: false } => tidy::run()?,
