@@ -89,9 +89,12 @@ pub struct HostRecord {
     /// Whether VMs may be moved to it.
     #[serde(default)]
     pub draining: bool,
-    /// Its certificates' serial numbers that are no longer good (hex).
+    /// Removed from the cluster: none of its certificates is good any more.
     #[serde(default)]
     pub revoked: bool,
+    /// How often a host of this name has joined; certificates of earlier generations are refused.
+    #[serde(default)]
+    pub generation: u64,
     /// When it last said that it lives, in seconds since 1970. A hint for people; nothing is decided by it.
     #[serde(default)]
     pub seen_s: u64,

@@ -27,7 +27,12 @@ pub const OTHER_LIFE_S: u64 = 365 * 86_400;
 /// How long the authority itself lives, seconds: 20 years.
 const AUTHORITY_LIFE_S: u64 = 20 * 365 * 86_400;
 /// Clocks of hosts may differ by this much, seconds.
-const SKEW_S: u64 = 3_600;
+pub(super) const SKEW_S: u64 = 3_600;
+
+/// How long certificates of this role live, seconds.
+pub fn life_s(role: Role) -> u64 {
+    if role == Role::Host { HOST_LIFE_S } else { OTHER_LIFE_S }
+}
 
 fn fault(what: &'static str) -> impl FnOnce(rcgen::Error) -> Error {
     move |error| Error::with_source(ErrorKind::Internal, what, error)
