@@ -25,6 +25,8 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 /// The oldest version that is supported.
 pub const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
 const ASK_LIMIT: Duration = Duration::from_secs(10);
+/// TCG takes a quarter of a second; a KVM that is emulated itself takes many and is of no use.
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
 
 /// A QEMU program on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +73,15 @@ struct CacheKey {
 }
 
 static CACHE: LazyLock<Mutex<HashMap<CacheKey, String>>> = LazyLock::new(Mutex::default);
+static PROBED: LazyLock<Mutex<HashMap<CacheKey, bool>>> = LazyLock::new(Mutex::default);
+
+impl CacheKey {
+    fn new(path: &Path, question: String) -> Result<Self> {
+        let file = std::fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
+        let changed_ns = (file.ctime(), file.ctime_nsec());
+        Ok(Self { path: path.to_owned(), inode: file.ino(), changed_ns, question })
+    }
+}
 
 impl QemuBinary {
     /// The program at `configured`, else the first one in `PATH`.
@@ -120,28 +131,35 @@ impl QemuBinary {
         Ok(parse_cpu_models(&text))
     }
 
-    /// Whether a machine really starts with `accel` here. Cached: the probe takes a fraction of a second.
+    /// Whether a machine really runs with `accel` here, and at a useful speed. Asked once per program.
     pub async fn accel_works(&self, accel: Accel) -> bool {
         if accel == Accel::Kvm && !Path::new("/dev/kvm").exists() {
             return false;
         }
-        // /dev/kvm may open and still not run anything: only a guest that ran and powered off proves it. The
-        // firmware finds nothing to boot and ends the machine (`reboot-timeout`, `-no-reboot`).
-        let accel = format!("accel={}", accel.as_str());
-        let machine = format!("pc,{accel}");
+        let accel = accel.as_str();
+        let Ok(key) = CacheKey::new(&self.path, accel.to_owned()) else { return false };
+        if let Some(&known) = PROBED.lock().get(&key) {
+            return known;
+        }
+        let probe = self.probe(accel).await;
+        if let Err(error) = &probe {
+            tracing::info!(qemu = %self.path.display(), accel, %error, "accelerator does not work");
+        }
+        PROBED.lock().insert(key, probe.is_ok());
+        probe.is_ok()
+    }
+
+    /// /dev/kvm may open and still not run anything: only a guest that ran and ended proves it. The firmware finds
+    /// nothing to boot and ends the machine (`reboot-timeout`, `-no-reboot`).
+    async fn probe(&self, accel: &str) -> Result<()> {
+        let machine = format!("pc,accel={accel}");
         let mut args = vec!["-machine", &machine, "-m", "32M", "-nodefaults", "-no-user-config"];
         args.extend(["-display", "none", "-no-reboot", "-boot", "reboot-timeout=1"]);
         let firmware: Vec<_> = self.firmware.iter().map(|path| path.to_string_lossy().into_owned()).collect();
         for path in &firmware {
             args.extend(["-L", path]);
         }
-        match ask(&self.path, &args).await {
-            Ok(_) => true,
-            Err(error) => {
-                tracing::info!(qemu = %self.path.display(), accel, %error, "accelerator does not work");
-                false
-            }
-        }
+        run(&self.path, &args, PROBE_LIMIT).await.map(drop)
     }
 
     /// KVM if it works, else TCG.
@@ -181,33 +199,31 @@ fn parse_cpu_models(text: &str) -> Vec<String> {
     models.skip(1).filter_map(name).collect()
 }
 
-/// Runs the program with `args` and returns what it prints.
+/// Runs the program with `args` and returns what it prints; asked once per program.
 async fn ask(path: &Path, args: &[&str]) -> Result<String> {
-    let action = || format!("ask {} about {}", path.display(), args.join(" "));
-    let file = std::fs::metadata(path).with_context(action)?;
-    let key = CacheKey {
-        path: path.to_owned(),
-        inode: file.ino(),
-        changed_ns: (file.ctime(), file.ctime_nsec()),
-        question: args.join("\0"),
-    };
+    let key = CacheKey::new(path, args.join("\0"))?;
     if let Some(answer) = CACHE.lock().get(&key) {
         return Ok(answer.clone());
     }
+    let answer = run(path, args, ASK_LIMIT).await?;
+    CACHE.lock().insert(key, answer.clone());
+    Ok(answer)
+}
+
+async fn run(path: &Path, args: &[&str], limit: Duration) -> Result<String> {
+    let action = || format!("run {} {}", path.display(), args.join(" "));
     let mut command = Command::new(path);
     command.args(args).stdin(Stdio::null()).kill_on_drop(true);
-    let output = timeout(ASK_LIMIT, command.output())
+    let output = timeout(limit, command.output())
         .await
-        .map_err(|_| Error::new(ErrorKind::TimedOut, format!("{}: no end in {ASK_LIMIT:?}", action())))?
+        .map_err(|_| Error::new(ErrorKind::TimedOut, format!("{}: no end within {limit:?}", action())))?
         .with_context(action)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         let words = format!("{}: {}: {}", action(), output.status, said.trim());
         return Err(Error::new(ErrorKind::Missing, words));
     }
-    let answer = String::from_utf8_lossy(&output.stdout).into_owned();
-    CACHE.lock().insert(key, answer.clone());
-    Ok(answer)
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]

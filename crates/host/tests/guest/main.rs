@@ -4,4 +4,6 @@
 mod launch;
 mod memory;
 mod precheck;
+mod sandbox;
 mod support;
+mod tap;
