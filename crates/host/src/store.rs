@@ -9,6 +9,7 @@
 //! Not here: where a block is read from is decided by `engine::image::read`; formats are in `wire::record::image`;
 //! foreign image formats are read by `convert`.
 
+pub mod convert;
 pub mod peers;
 
 use std::path::PathBuf;
