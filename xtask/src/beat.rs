@@ -47,6 +47,8 @@ pub struct Report {
     pub flips: u64,
     /// The newest number.
     pub newest: u64,
+    /// Beats by socket, old ones too: two that bring beats at once are two guests.
+    pub heard_from: Vec<u64>,
     /// When each socket brought its first new beat of this window.
     pub first_from: Vec<Option<Instant>>,
 }
@@ -77,6 +79,12 @@ impl Log {
     fn hear(&mut self, source: usize, number: u64, at: Instant) {
         let r = &mut self.report;
         r.beats += 1;
+        if r.heard_from.len() <= source {
+            r.heard_from.resize(source + 1, 0);
+        }
+        if let Some(heard) = r.heard_from.get_mut(source) {
+            *heard += 1;
+        }
         let reset = number + RESET_DISTANCE < r.newest;
         if number <= r.newest && !reset {
             r.repeated += 1;

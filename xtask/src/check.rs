@@ -158,8 +158,8 @@ fn tests(options: &Options) -> Result<()> {
 }
 
 fn simulator(options: &Options) -> Result<()> {
-    let seeds = if options.long { "20000" } else { "200" };
-    run(&mut cargo(&["run", "--quiet", "--package", "whimbrel-sim", "--", "smoke", "--seeds", seeds]))
+    let seeds = if options.long { "0..50000" } else { "0..1000" };
+    run(&mut cargo(&["run", "--quiet", "--package", "whimbrel-sim", "--", "--seeds", seeds]))
 }
 
 fn end_to_end(options: &Options) -> Result<()> {

@@ -1,7 +1,7 @@
 //! End-to-end scenarios on real agents and real QEMU, emulated so that any machine can run them.
 //!
 //! ```text
-//!   cargo xtask e2e --qemu 7.2 [SCENARIO…] ─▶ one lab of two hosts ─▶ each scenario: its own VM, its own verdict
+//!   cargo xtask e2e --qemu 7.2 [SCENARIO…] ─▶ one lab of three hosts ─▶ each scenario: its own VM, its own verdict
 //! ```
 //!
 //! Invariants: a scenario talks to the product as people do, over the command line; it fails with the ends of the
@@ -9,6 +9,7 @@
 //!
 //! Not here: measuring speed (`bench/`), the simulator's far larger number of faults (`crates/sim`).
 
+mod kill;
 mod scenario;
 
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ pub struct Options {
 
 /// What a scenario may use.
 pub struct Context<'a> {
-    /// Two hosts in one cluster, the tiny image published as `tiny:e2e`.
+    /// Three hosts in one cluster, the tiny image published as `tiny:e2e`.
     pub lab: &'a Lab,
     /// The product's program.
     pub program: &'a Path,
@@ -75,7 +76,8 @@ pub fn run(options: &Options) -> Result<()> {
     let program = lab::prepared("WHIMBREL_E2E_PROGRAM")?;
     let qemu = qemu::Qemu { version: options.qemu, bin: lab::prepared("WHIMBREL_E2E_QEMU")? };
     let image = guest::Image { disk: lab::prepared("WHIMBREL_E2E_DISK")?, ..guest::boot_files() };
-    let lab = Lab::new("e2e", 2, &qemu, &image)?;
+    // The kill tests want a host that keeps the metadata and takes no part in moves.
+    let lab = Lab::new("e2e", 3, &qemu, &image)?;
     lab.start_cluster(&program)?;
     lab.hosts().first().context("a lab has hosts")?.publish(&lab.image.disk, IMAGE)?;
     let context = Context { lab: &lab, program: &program, long: options.long };

@@ -132,6 +132,15 @@ impl<'a> Flight<'a> {
         &mut self.status
     }
 
+    /// Which hosts its beats come from within the next second or so, and how many beats are old ones.
+    pub fn heard_from(&self) -> (Vec<usize>, u64) {
+        self.receiver.restart_window();
+        std::thread::sleep(Duration::from_millis(1200));
+        let report = self.receiver.report();
+        let hosts = report.heard_from.iter().enumerate().filter(|(_, n)| **n > 0).map(|(at, _)| at);
+        (hosts.collect(), report.repeated)
+    }
+
     /// Moves it to host `to` and waits for its beat there.
     pub fn migrate(&mut self, to: usize, options: &[&str]) -> Result<Move> {
         let (from, target) = (self.host()?, self.lab.hosts().get(to).context("find the target in the lab")?);

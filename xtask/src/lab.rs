@@ -116,16 +116,20 @@ impl Lab {
 
 /// The process of a VM's QEMU, on whatever host of this lab.
 pub fn qemu_pid(vm: &str) -> Result<u32> {
+    process_with(&format!("/vms/{vm}/"))
+}
+
+/// The QEMU whose command line contains `needle`.
+pub fn process_with(needle: &str) -> Result<u32> {
     for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let first = line.split(' ').next().unwrap_or_default();
-        if first.contains("qemu-system") && line.contains(&format!("/{vm}/")) {
+        if line.split(' ').next().unwrap_or_default().contains("qemu-system") && line.contains(needle) {
             return Ok(pid);
         }
     }
-    anyhow::bail!("find the process of vm {vm}: there is none")
+    anyhow::bail!("find a QEMU with {needle} on its command line: there is none")
 }
 
 /// Bind-mounts `what` below `under`, where anybody can reach it.

@@ -95,7 +95,8 @@ fn peers(lab: &Lab, cell: &Cell, round: usize, table: &mut Table) -> Result<()> 
             Some(run) => table.add(cell, &method.name(), run),
             None => {
                 table.add_unfinished(cell, &method.name());
-                // The guest stayed where it was, its target is gone: go on with a fresh one.
+                // The guest stayed where it was, its target is gone: go on with a fresh one. The image has one writer.
+                drop(peer);
                 peer = Peer::boot(lab, cell)?;
             }
         }

@@ -4,19 +4,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{Context, IMAGE, Scenario};
+use super::{Context, IMAGE, Scenario, kill};
 use crate::cmd::output;
 use crate::flight::Flight;
 use crate::tcp::Client;
 
 /// In the order they run.
-pub const ALL: [Scenario; 7] = [
+pub const ALL: [Scenario; 8] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("twenty moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("twenty moves to and fro in mode B lose nothing", to_and_fro_mode_b),
     ("a TCP connection survives a move", tcp_survives),
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
+    ("everything is killed at every step", kill::everything_is_killed_at_every_step),
     ("mistakes are answered with what, where and what to do", mistakes),
 ];
 

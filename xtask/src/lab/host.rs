@@ -128,13 +128,18 @@ impl Host {
 
     /// Starts the agent, and waits until it answers.
     pub fn start_agent(&self, whimbrel: &Path) -> Result<()> {
+        self.start_agent_with(whimbrel, &[])
+    }
+
+    /// The same with environment variables, such as an armed fail point.
+    pub fn start_agent_with(&self, whimbrel: &Path, env: &[(&str, &str)]) -> Result<()> {
         self.whimbrel.replace(whimbrel.to_path_buf());
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path());
         let log = log.context("open the agent's log")?;
         let mut c = self.command(whimbrel);
         c.arg("--socket").arg(self.socket()).args(["agent", "--config"]).arg(self.config_path());
         c.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
-        c.env("NO_COLOR", "1");
+        c.env("NO_COLOR", "1").env_remove("WHIMBREL_FAILPOINT").envs(env.iter().copied());
         c.stdout(Stdio::from(log.try_clone().context("share the agent's log")?)).stderr(Stdio::from(log));
         let child = c.spawn().with_context(|| format!("start the agent of {}", self.name))?;
         self.agent.replace(Some(child));
@@ -158,6 +163,36 @@ impl Host {
     pub fn agent_pid(&self) -> Option<u32> {
         // `ip netns exec` becomes the program, so the child is the agent.
         self.agent.borrow().as_ref().map(Child::id)
+    }
+
+    /// Waits until the agent has ended by itself; whether it did.
+    pub fn wait_agent_end(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            let mut agent = self.agent.borrow_mut();
+            match agent.as_mut().map(Child::try_wait) {
+                Some(Ok(None)) => {}
+                Some(_) => {
+                    *agent = None;
+                    return true;
+                }
+                None => return true,
+            }
+            drop(agent);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        false
+    }
+
+    /// Takes the host off the hosts' network, or puts it back.
+    pub fn set_network(&self, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        cmd::run(&mut cmd("ip", &["-n", &self.name, "link", "set", "eth0", state]))
+    }
+
+    /// Whether an agent was started and not killed since.
+    pub fn has_agent(&self) -> bool {
+        self.agent.borrow().is_some()
     }
 
     /// Kills the agent as a crash would; its VMs go on.
