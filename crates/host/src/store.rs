@@ -9,8 +9,17 @@
 //! Not here: where a block is read from is decided by `engine::image::read`; formats are in `wire::record::image`;
 //! foreign image formats are read by `convert`.
 
+pub mod cache;
+pub mod collect;
 pub mod convert;
+pub mod dedup;
+pub mod guard;
+pub mod manifest;
 pub mod peers;
+pub mod publish;
+pub mod repo;
+pub mod siblings;
+pub mod sorted;
 
 use std::path::PathBuf;
 use std::sync::Arc;
