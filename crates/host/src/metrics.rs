@@ -80,6 +80,18 @@ table! {
     meta_transactions: IntCounterVec["result"] = "whimbrel_meta_transactions_total";
     /// Watches of the metadata store that were made again after a loss.
     meta_watch_resumed: IntCounter = "whimbrel_meta_watch_resumed_total";
+    /// Bytes of images read, by source: the cache's as asked, peers' and the seed's as whole blocks.
+    image_read_bytes: IntCounterVec["source"] = "whimbrel_image_read_bytes_total";
+    /// Bytes of image blocks sent to peers.
+    image_served_bytes: IntCounter = "whimbrel_image_served_bytes_total";
+    /// Blocks of image caches whose bytes had changed.
+    image_rot_blocks: IntCounter = "whimbrel_image_rot_blocks_total";
+    /// Peers that sent wrong blocks and were dropped.
+    image_liars: IntCounter = "whimbrel_image_liars_total";
+    /// Bytes of image blocks in the cache.
+    image_cached_bytes: IntGauge = "whimbrel_image_cached_bytes";
+    /// Blocks of image caches checked by the scrub.
+    image_scrubbed_blocks: IntCounter = "whimbrel_image_scrubbed_blocks_total";
     /// When this host's certificate ends, seconds since 1970.
     certificate_end_seconds: IntGauge = "whimbrel_certificate_end_seconds";
     /// Certificates this host signed, by role.

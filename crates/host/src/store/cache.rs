@@ -48,6 +48,8 @@ pub struct ImageCache {
     write: Mutex<()>,
     held_blocks: AtomicU64,
     held_bytes: AtomicU64,
+    #[cfg(test)]
+    test_target: Mutex<Option<File>>,
 }
 
 /// What the cache had for a block.
@@ -90,6 +92,8 @@ impl ImageCache {
             write: Mutex::new(()),
             held_blocks: AtomicU64::new(0),
             held_bytes: AtomicU64::new(0),
+            #[cfg(test)]
+            test_target: Mutex::new(None),
             manifest,
         };
         let all = cache.held();
@@ -123,7 +127,8 @@ impl ImageCache {
             self.held.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
         let length = usize::try_from(self.manifest.blocks().div_ceil(8)).unwrap_or(0);
         let bytes = bytes.get(..length).unwrap_or(&bytes);
-        Bitmap::from_bytes(self.manifest.blocks(), bytes).unwrap_or_else(|_| Bitmap::new(self.manifest.blocks()))
+        Bitmap::from_bytes(self.manifest.blocks(), bytes)
+            .unwrap_or_else(|_| Bitmap::new(self.manifest.blocks()))
     }
 
     /// How many blocks are here.
@@ -152,6 +157,16 @@ impl ImageCache {
         Ok(())
     }
 
+    /// A block that was verified since the start; `None` if it was not.
+    pub fn verified_block(&self, block: u64) -> Result<Option<Bytes>> {
+        if !self.is_verified(block) {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; self.len_of(block)];
+        self.data.read_exact_at(&mut bytes, block * u64::from(BLOCK_BYTES)).context("read the cache")?;
+        Ok(Some(Bytes::from(bytes)))
+    }
+
     /// Reads a block and verifies it.
     pub fn load(&self, block: u64) -> Result<Loaded> {
         let what = || format!("read block {block} of image {} from the cache", self.manifest.id());
@@ -171,7 +186,7 @@ impl ImageCache {
     /// Writes a block that was verified. `false` if the disk is full.
     pub fn keep(&self, block: u64, bytes: &[u8]) -> Result<bool> {
         let what = || format!("write block {block} of image {} to the cache", self.manifest.id());
-        match self.data.write_all_at(bytes, block * u64::from(BLOCK_BYTES)).with_context(what) {
+        match self.write_block(bytes, block * u64::from(BLOCK_BYTES)).with_context(what) {
             Err(error) if error.kind() == ErrorKind::NoSpace => return Ok(false),
             other => other?,
         }
@@ -186,6 +201,25 @@ impl ImageCache {
             Err(error) if error.kind() == ErrorKind::NoSpace => Ok(true),
             other => other.map(|()| true),
         }
+    }
+
+    /// Lets a test write to something else than the file.
+    #[cfg(test)]
+    pub(super) fn set_data_for_test(&self, file: File) {
+        *self.test_target.lock() = Some(file);
+    }
+
+    fn write_block(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        #[cfg(test)]
+        if let Some(file) = &*self.test_target.lock() {
+            return std::io::Write::write_all(&mut &*file, bytes);
+        }
+        self.data.write_all_at(bytes, offset)
+    }
+
+    /// Makes the next reader verify the block again.
+    pub fn distrust(&self, block: u64) {
+        clear(&self.verified, block);
     }
 
     /// Forgets a block. Its bytes stay where they are: somebody may be reading them.
@@ -252,9 +286,9 @@ fn read_bitmap(file: &File, manifest: &Manifest, words: usize) -> Option<Vec<u64
     file.read_exact_at(&mut bytes, HEADER_BYTES as u64).ok()?;
     let held: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
     // Bits of blocks that are not stored would be counted, and never found.
-    let sane = (0u64..).zip(&held).all(|(group, word)| {
-        (0..64).all(|bit| word >> bit & 1 == 0 || manifest.is_stored(group * 64 + bit))
-    });
+    let sane = (0u64..)
+        .zip(&held)
+        .all(|(group, word)| (0..64).all(|bit| word >> bit & 1 == 0 || manifest.is_stored(group * 64 + bit)));
     sane.then_some(held)
 }
 

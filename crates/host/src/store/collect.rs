@@ -65,7 +65,9 @@ async fn collect_marked(
     let mut dead_manifests = Vec::new();
     let mut live_packs = HashSet::new();
     for listed in repo.list(MANIFESTS).await? {
-        let Some(id) = last_part(&listed.path).and_then(|name| name.parse::<ImageId>().ok()) else { continue };
+        let Some(id) = last_part(&listed.path).and_then(|name| name.parse::<ImageId>().ok()) else {
+            continue;
+        };
         if keep.contains(&id) || young(&listed) {
             live_packs.extend(packs_of(repo, id).await?);
             mark.renew().await?;
@@ -109,8 +111,9 @@ async fn named(repo: &Repo) -> Result<HashSet<ImageId>> {
     let mut found = HashSet::new();
     for listed in repo.list(NAMES).await? {
         let bytes = repo.get(&listed.path, NAME_BYTES_MAX as u64).await?;
-        let name: ImageName = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::with_source(ErrorKind::Corrupt, format!("read {}", listed.path), error))?;
+        let name: ImageName = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::with_source(ErrorKind::Corrupt, format!("read {}", listed.path), error)
+        })?;
         found.insert(name.id);
     }
     Ok(found)
@@ -120,7 +123,8 @@ async fn named(repo: &Repo) -> Result<HashSet<ImageId>> {
 async fn packs_of(repo: &Repo, id: ImageId) -> Result<Vec<PackId>> {
     let path = manifest_path(&id);
     let head = repo.range(&path, 0, MANIFEST_HEADER_BYTES as u64).await?;
-    let header = ManifestHeader::decode(&head).map_err(Error::from).with_context(|| format!("read {path}"))?;
+    let header =
+        ManifestHeader::decode(&head).map_err(Error::from).with_context(|| format!("read {path}"))?;
     if header.packs == 0 {
         return Ok(Vec::new());
     }

@@ -64,7 +64,8 @@ impl Dedup {
         let mut segments = Vec::new();
         let mut names = BTreeSet::new();
         for listed in repo.list(INDEXES).await? {
-            let Some(name) = listed.path.strip_prefix(INDEXES).map(|name| name.trim_matches('/').to_owned()) else {
+            let Some(name) = listed.path.strip_prefix(INDEXES).map(|name| name.trim_matches('/').to_owned())
+            else {
                 continue;
             };
             let Ok(hash) = name.parse::<BlockHash>() else { continue };
@@ -139,13 +140,10 @@ impl Segment {
 
     fn known(&self, entry: &Entry) -> Result<Known> {
         let mut pack = [0; 32];
-        self.file.read_exact_at(&mut pack, self.header.pack_at(entry.pack.into())).context("read a dedup index")?;
-        Ok(Known {
-            pack: PackId(pack),
-            offset: entry.offset,
-            length: entry.length,
-            encoding: entry.encoding,
-        })
+        self.file
+            .read_exact_at(&mut pack, self.header.pack_at(entry.pack.into()))
+            .context("read a dedup index")?;
+        Ok(Known { pack: PackId(pack), offset: entry.offset, length: entry.length, encoding: entry.encoding })
     }
 
     fn find(&self, hash: &BlockHash) -> Result<Option<Known>> {
@@ -153,7 +151,9 @@ impl Segment {
         let key = sort_key(&hash.0);
         let mut at = lower_bound(count, key, |number| {
             let mut bytes = [0; 8];
-            self.file.read_exact_at(&mut bytes, self.header.entry_at(number)).context("read a dedup index")?;
+            self.file
+                .read_exact_at(&mut bytes, self.header.entry_at(number))
+                .context("read a dedup index")?;
             Ok(u64::from_be_bytes(bytes))
         })?;
         while at < count {

@@ -89,7 +89,8 @@ impl Manifest {
                 .hint("was it removed and collected, or is this another store?"))
             .with_context(what);
         };
-        let largest = ManifestHeader { size_bytes: SIZE_BYTES_MAX, packs: 1 << 20, entries: 1 << 29, data_bytes: 0 };
+        let largest =
+            ManifestHeader { size_bytes: SIZE_BYTES_MAX, packs: 1 << 20, entries: 1 << 29, data_bytes: 0 };
         if size > largest.file_bytes() {
             return Err(Error::new(ErrorKind::Corrupt, format!("it has {size} bytes"))).with_context(what);
         }
@@ -197,6 +198,13 @@ impl Manifest {
         let mut bytes = vec![0; count * 32];
         self.file.read_exact_at(&mut bytes, self.header.pack_at(0)).context("read the list of packs")?;
         Ok(bytes.as_chunks::<32>().0.iter().map(|id| PackId(*id)).collect())
+    }
+
+    /// A part of the file, for peers.
+    pub fn part(&self, offset: u64, length: u64) -> Result<Bytes> {
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        self.file.read_exact_at(&mut bytes, offset).context("read a part of the manifest")?;
+        Ok(Bytes::from(bytes))
     }
 
     /// Whether the file still has the hash it was opened with.

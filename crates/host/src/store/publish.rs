@@ -112,7 +112,8 @@ async fn publish_marked(
     // When the upload fails its end of the channel goes away, and the scan stops at its next pack.
     let uploaded = total.await;
     drop(uploading);
-    let scanned = scanning.await.map_err(|error| Error::with_source(ErrorKind::Internal, "scan the disk", error))?;
+    let scanned =
+        scanning.await.map_err(|error| Error::with_source(ErrorKind::Internal, "scan the disk", error))?;
     uploaded?;
     let scanned = scanned?;
     task.phase("manifest");
@@ -261,7 +262,11 @@ impl Scan {
         ((progress >> 32) << 20, (progress & 0xffff_ffff) << 20)
     }
 
-    fn run(mut self, cancelled: &dyn Fn() -> bool, progress: &std::sync::atomic::AtomicU64) -> Result<Scanned> {
+    fn run(
+        mut self,
+        cancelled: &dyn Fn() -> bool,
+        progress: &std::sync::atomic::AtomicU64,
+    ) -> Result<Scanned> {
         let workers = std::thread::available_parallelism().map_or(2, usize::from).min(WORKERS_MAX);
         let window = workers * 2;
         let (jobs, queue) = std_mpsc::sync_channel::<Job>(window);
@@ -276,7 +281,8 @@ impl Scan {
                 scope.spawn(move || work(queue, &results, source.as_ref(), dedup));
             }
             drop(results);
-            let mut feed = Feed { source: source.as_ref(), size_bytes: self.size_bytes, offset: 0, data_until: 0 };
+            let mut feed =
+                Feed { source: source.as_ref(), size_bytes: self.size_bytes, offset: 0, data_until: 0 };
             let outcome = self.assemble(jobs, &done, &mut feed, window, cancelled, progress);
             // Workers that are blocked on a full channel must see that nobody listens any more.
             drop(done);
@@ -386,7 +392,11 @@ impl Scan {
 
     /// The index knew the block, its pack is damaged or gone: the block is read and stored again.
     fn again(&mut self, block: u64, hash: BlockHash) -> Result<Placed> {
-        tracing::warn!(store = self.repo.url(), block, "a pack is missing or cut short; store its block again");
+        tracing::warn!(
+            store = self.repo.url(),
+            block,
+            "a pack is missing or cut short; store its block again"
+        );
         let bytes = read_block(self.source.as_ref(), block)?;
         if BlockHash::of(&bytes) != hash {
             return Err(Error::new(ErrorKind::InvalidInput, "publish: the disk changes while it is read"));

@@ -303,8 +303,7 @@ fn open_s3(rest: &str) -> object_store::Result<(Box<dyn ObjectStore>, String)> {
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
     let mut options = client_options();
-    let mut builder =
-        AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retries());
+    let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retries());
     for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
         builder = match key {
             "endpoint" => {
@@ -345,7 +344,9 @@ fn from_store(error: StoreError) -> Error {
         StoreError::PermissionDenied { .. } | StoreError::Unauthenticated { .. } => ErrorKind::Denied,
         StoreError::AlreadyExists { .. } | StoreError::Precondition { .. } => ErrorKind::AlreadyExists,
         StoreError::NotSupported { .. } | StoreError::NotImplemented { .. } => ErrorKind::Unsupported,
-        StoreError::InvalidPath { .. } | StoreError::UnknownConfigurationKey { .. } => ErrorKind::InvalidInput,
+        StoreError::InvalidPath { .. } | StoreError::UnknownConfigurationKey { .. } => {
+            ErrorKind::InvalidInput
+        }
         other => kind_of_chain(other),
     };
     Error::with_source(kind, "ask the store", error)
@@ -359,7 +360,10 @@ fn kind_of_chain(error: &StoreError) -> ErrorKind {
             return crate::error::kind_of_io(io);
         }
         let text = source.to_string();
-        if ["error sending request", "status 5", "timed out", "Server error"].iter().any(|sign| text.contains(sign)) {
+        if ["error sending request", "status 5", "timed out", "Server error"]
+            .iter()
+            .any(|sign| text.contains(sign))
+        {
             return ErrorKind::Unavailable;
         }
         next = source.source();
@@ -377,7 +381,8 @@ async fn read_part(file: &FilePath, offset: u64, left: u64) -> Result<Bytes> {
         Ok::<_, std::io::Error>(Bytes::from(part))
     };
     let part = tokio::task::spawn_blocking(read).await;
-    part.map_err(|error| Error::with_source(ErrorKind::Internal, "read a part", error))?.context("read a part")
+    part.map_err(|error| Error::with_source(ErrorKind::Internal, "read a part", error))?
+        .context("read a part")
 }
 
 #[cfg(test)]

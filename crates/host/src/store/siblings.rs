@@ -72,7 +72,12 @@ impl Hashes {
     }
 
     /// A block of `manifest`, whose index this is, that has this hash and for which `here` says yes.
-    pub fn find(&self, manifest: &Manifest, hash: &BlockHash, here: impl Fn(u64) -> bool) -> Result<Option<u64>> {
+    pub fn find(
+        &self,
+        manifest: &Manifest,
+        hash: &BlockHash,
+        here: impl Fn(u64) -> bool,
+    ) -> Result<Option<u64>> {
         let key = sort_key(&hash.0);
         for (start, length) in &self.runs {
             let mut at = lower_bound(*length, key, |item| Ok(self.item(*start, item)?.0))?;
@@ -125,8 +130,11 @@ fn build(path: &Path, manifest: &Manifest) -> Result<()> {
             }
         }
         items.sort_unstable();
-        let bytes: Vec<u8> =
-            items.iter().flat_map(|(key, block)| [key.to_le_bytes(), block.to_le_bytes()]).flatten().collect();
+        let bytes: Vec<u8> = items
+            .iter()
+            .flat_map(|(key, block)| [key.to_le_bytes(), block.to_le_bytes()])
+            .flatten()
+            .collect();
         file.write_all_at(&bytes, at).context("write it")?;
         at += bytes.len() as u64;
     }

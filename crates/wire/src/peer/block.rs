@@ -1,7 +1,9 @@
-//! Image blocks and bitmaps between hosts: the methods `image.bitmap`, `image.have` and `image.block`.
+//! Image blocks and bitmaps between hosts: the methods `image.manifest`, `image.bitmap`, `image.have`, `image.block`.
 //!
 //! ```text
 //!   A                                             B
+//!   │ image.manifest {image, offset, length} ────► │   only if A does not have it
+//!   │ ◄──────────────── {size} + part of the file  │
 //!   │ image.bitmap {image, blocks} + A's bitmap ─► │   A joins the swarm of the image: both learn of each other
 //!   │ ◄───────────────── {blocks} + B's bitmap     │
 //!   │ image.have {image, here, gone} ────────────► │   batched changes, at least 50 ms apart
@@ -21,6 +23,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{ErrorKind, WireError};
 use crate::id::ImageId;
 
+/// Method: get a part of a manifest.
+pub const METHOD_MANIFEST: &str = "image.manifest";
 /// Method: exchange bitmaps.
 pub const METHOD_BITMAP: &str = "image.bitmap";
 /// Method: tell changes of one's bitmap.
@@ -32,6 +36,27 @@ pub const METHOD_BLOCK: &str = "image.block";
 pub const BLOCKS_MAX: u64 = 1 << 29;
 /// The most runs in one `image.have`.
 pub const RUNS_MAX: usize = 4096;
+
+/// The most bytes of a manifest in one answer.
+pub const MANIFEST_PART_BYTES: u64 = 1 << 20;
+
+/// Params of `image.manifest`; no payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestAsk {
+    /// Which image.
+    pub image: ImageId,
+    /// Where the part starts, bytes.
+    pub offset: u64,
+    /// How long it is at most, bytes; at most [`MANIFEST_PART_BYTES`] are sent.
+    pub length: u64,
+}
+
+/// The answer to `image.manifest`; the payload is the part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestReply {
+    /// Size of the whole manifest, bytes.
+    pub size_bytes: u64,
+}
 
 /// Params of `image.bitmap`; the payload is the caller's bitmap. The answer has the same form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,10 +77,10 @@ pub struct Run {
 }
 
 /// Params of `image.have`; no payload. The answer is empty.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Have {
     /// Which image.
-    pub image: Option<ImageId>,
+    pub image: ImageId,
     /// Blocks that are now in the caller's cache, verified.
     #[serde(default)]
     pub here: Vec<Run>,

@@ -38,7 +38,10 @@ impl Breaker {
             let left_ms = until.duration_since(now).as_millis();
             return Err(Error::new(
                 ErrorKind::Unavailable,
-                format!("ask the store: it failed {} times in a row; next try in {left_ms} ms", state.failures),
+                format!(
+                    "ask the store: it failed {} times in a row; next try in {left_ms} ms",
+                    state.failures
+                ),
             ));
         }
         // This call probes; the others go on failing until it has ended.

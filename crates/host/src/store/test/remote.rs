@@ -1,0 +1,1 @@
+//! Stores behind a network: read-only HTTP, and S3.
