@@ -10,7 +10,8 @@
 //! * With `x-ignore-shared` the stream leaves out RAM that is a named shared file; the precheck made sure that all
 //!   RAM is such a file or is in the stream.
 //! * After `save` the source is paused and may run again at any time: nothing was given away.
-//! * After `load` the target is paused until it is told to run.
+//! * A device may write guest memory while it is saved: the last scan for written pages comes after `save`.
+//! * After `load` the target is paused until it is told to run; guest memory is as it was before.
 //! * The stream is at most [`STATE_MAX_BYTES`] long, on both sides.
 //!
 //! Not here: RAM (`memory`), QEMU's stream with RAM in it (mode B, `migrate`).
@@ -98,7 +99,7 @@ async fn try_load(qmp: &Qmp, state: &[u8]) -> Result<()> {
         // Completion is told a moment before the run state changes.
         match qmp.run_state().await?.as_str() {
             "inmigrate" | "finish-migrate" if Instant::now() < deadline => {
-                sleep(Duration::from_millis(1)).await
+                sleep(Duration::from_millis(1)).await;
             }
             "paused" | "prelaunch" => return Ok(()),
             other => {

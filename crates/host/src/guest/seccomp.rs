@@ -48,9 +48,9 @@ fn word_at(call: &Call, offset: u32) -> Option<u32> {
         4 => Some(ARCH_X86_64),
         8 => Some(low(call.instruction)),
         12 => Some(high(call.instruction)),
-        16..64 if offset % 4 == 0 => {
+        16..64 if offset.is_multiple_of(4) => {
             let argument = *call.arguments.get(((offset - 16) / 8) as usize)?;
-            Some(if offset % 8 == 0 { low(argument) } else { high(argument) })
+            Some(if offset.is_multiple_of(8) { low(argument) } else { high(argument) })
         }
         _ => None,
     }

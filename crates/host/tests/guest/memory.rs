@@ -103,6 +103,13 @@ async fn a_userfaultfd_is_made_within_two_milliseconds_and_leaves_no_trace() {
         println!("{qemu}: median {:?}, worst {:?}", stops[10], stops[20]);
         assert!(stops[10] < Duration::from_millis(2), "{stops:?}");
         assert_eq!(descriptors(), before);
+        // A range has one userfaultfd at a time: a second tracker shows that nothing is left of the first, whether
+        // it was detached or just closed, as by an agent that dies.
+        for detach in [true, false] {
+            let tracker = tracker(&vm).await;
+            if detach { tracker.detach().unwrap() } else { drop(tracker) }
+        }
+        let _third = tracker(&vm).await;
         vm.prints(5).await;
         assert_eq!(vm.started.qmp.run_state().await.unwrap(), "running");
     }

@@ -94,7 +94,7 @@ fn judge(
             }
         },
         Some(path) => {
-            found.mode_a.push(not_a_file(&block.name, &format!("{} has share=off", path.display())))
+            found.mode_a.push(not_a_file(&block.name, &format!("{} has share=off", path.display())));
         }
         None => {
             if backend.share && version < NAMED_FILES_ONLY {
