@@ -11,18 +11,21 @@
 //! ```
 //!
 //! * [`bitmap`]: which pages are to be sent. [`ram`]: the files. [`encoder`]: pages to frames.
-//! * [`source`], [`target`]: rounds over a link. [`progress`], [`limit`]: what people see and set.
+//! * [`source`], [`target`]: rounds over a link. [`stream`]: mode B. [`progress`], [`limit`]: what people see and set.
 //!
 //! Not here: who finds the pages that changed (`guest`), when to stop sending (`engine::memory::precopy`), the
 //! format on the wire (`wire::peer::memory`).
 
 pub mod bitmap;
+pub mod carry;
 pub mod encoder;
 mod frames;
 pub mod limit;
+mod pace;
 pub mod progress;
 pub mod ram;
 pub mod source;
+pub mod stream;
 pub mod target;
 #[cfg(test)]
 mod test;

@@ -3,7 +3,7 @@
 //! ```text
 //!   send_round:  Plan ──► Worker (blocking thread) ─┐ bounded queue
 //!                    └──► Worker (blocking thread) ─┴──► writer (limiter, stream) ──► target
-//!                                                            └─ every window: Chooser::end_window
+//!                                                            └─ every window: Pace::wrote
 //! ```
 //!
 //! A round is over when the target has said that every page of it is in place, so two rounds never overlap.
@@ -25,7 +25,6 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
-use whimbrel_engine::block::encode::Chooser;
 use whimbrel_engine::memory::precopy::Round;
 use whimbrel_wire::peer::memory::{BlockShape, Control, RoundCounts, Run};
 
@@ -34,17 +33,12 @@ use crate::memory::bitmap::PageBitmap;
 use crate::memory::encoder::{Plan, Work, Worker};
 use crate::memory::frames::{read_control, write_control};
 use crate::memory::limit::Limiter;
+use crate::memory::pace::{Pace, cores};
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
 
 /// Groups of pages that may wait between the workers and the stream.
 pub const QUEUE_FRAMES: usize = 12;
-/// How long a window is, over which rates are measured and choices repeated.
-const WINDOW: Duration = Duration::from_millis(20);
-/// How often the machine's idle time is read.
-const CPU_WINDOW: Duration = Duration::from_millis(100);
-/// Less than this in a window says nothing about the link.
-const TELLING_BYTES: u64 = 256 << 10;
 /// How long a target may take to hash its RAM.
 const DIGEST_LIMIT: Duration = Duration::from_secs(600);
 
@@ -70,10 +64,6 @@ impl Default for SourceOptions {
             raw_only: false,
         }
     }
-}
-
-pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What a round was.
@@ -118,13 +108,12 @@ pub struct Source<S> {
     stream: S,
     blocks: Arc<[RamFile]>,
     options: SourceOptions,
-    chooser: Arc<Mutex<Chooser>>,
+    pace: Pace,
     /// Workers at rest.
     workers: Vec<Worker>,
     spare_buffers: Arc<Mutex<Vec<Vec<u8>>>>,
     progress: Progress,
     round: u32,
-    cpu: CpuMeter,
     /// A round was begun and not finished: the stream is somewhere in the middle.
     broken: bool,
 }
@@ -139,18 +128,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
     ) -> Result<Self> {
         let blocks: Arc<[RamFile]> = blocks.into();
         let threads = options.workers.max(1);
-        let chooser = Chooser::new(u32::try_from(cores()).unwrap_or(1), u32::try_from(threads).unwrap_or(1));
-        let chooser = Arc::new(Mutex::new(chooser));
-        let workers = (0..threads).map(|_| Worker::new(Arc::clone(&blocks), Arc::clone(&chooser)));
+        let pace = Pace::new(threads, options.raw_only);
+        let workers = (0..threads).map(|_| Worker::new(Arc::clone(&blocks), pace.chooser()));
         let mut source = Self {
             stream,
             options,
             workers: workers.collect::<Result<_>>()?,
-            chooser,
+            pace,
             spare_buffers: Arc::default(),
             progress,
             round: 0,
-            cpu: CpuMeter::new(),
             broken: false,
             blocks,
         };
@@ -197,7 +184,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         report.counts = work.counts;
         report.encode_cpu_s = work.cpu_s;
         report.round = round;
-        let link_bytes_s = self.chooser.lock().link_bytes_s().unwrap_or(0.0) as u64;
+        let link_bytes_s = self.pace.link_bytes_s();
         report.link_bytes_s = link_bytes_s;
         self.progress.update(|figures| {
             figures.left_pages = 0;
@@ -284,7 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         last: bool,
         report: &mut RoundReport,
     ) -> Result<()> {
-        let mut window = LinkWindow::new();
+        self.pace.resume();
         while let Some(frame) = frames.recv().await {
             if !last {
                 report.throttled += self.options.limiter.pass(frame.bytes.len()).await;
@@ -294,8 +281,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
                 .await
                 .map_err(|_| Error::new(ErrorKind::TimedOut, "the target takes no more pages"))?
                 .context("write to target")?;
+            self.pace.wrote(frame.bytes.len(), start.elapsed(), frame.cpu_s);
             let bytes = frame.bytes.len() as u64;
-            window.add(bytes, start.elapsed());
             report.wire_bytes += bytes;
             let counts = frame.counts;
             self.progress.update(|figures| {
@@ -306,28 +293,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
                 figures.left_pages = figures.left_pages.saturating_sub(done);
             });
             self.give_back(frame.bytes);
-            self.cpu.encoded(frame.cpu_s);
-            self.end_window(&mut window);
         }
         Ok(())
-    }
-
-    fn end_window(&mut self, window: &mut LinkWindow) {
-        if window.start.elapsed() < WINDOW {
-            return;
-        }
-        let spare = self.cpu.spare_cores();
-        let mut chooser = self.chooser.lock();
-        if window.bytes >= TELLING_BYTES {
-            chooser.observe_link(window.bytes, window.busy.as_secs_f64());
-        }
-        if let Some((cores, seconds)) = spare {
-            chooser.observe_spare_cores(cores, seconds);
-        }
-        if !self.options.raw_only {
-            chooser.end_window();
-        }
-        *window = LinkWindow::new();
     }
 
     fn give_back(&self, mut buffer: Vec<u8>) {
@@ -411,63 +378,4 @@ pub(super) fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Re
 
 pub(super) fn unexpected(message: &Control) -> Error {
     Error::new(ErrorKind::Corrupt, format!("read page stream: {message:?} is out of place"))
-}
-
-/// Bytes written, and the time for which the stream was busy with them.
-struct LinkWindow {
-    start: Instant,
-    bytes: u64,
-    busy: Duration,
-}
-
-impl LinkWindow {
-    fn new() -> Self {
-        Self { start: Instant::now(), bytes: 0, busy: Duration::ZERO }
-    }
-
-    fn add(&mut self, bytes: u64, busy: Duration) {
-        self.bytes += bytes;
-        self.busy += busy;
-    }
-}
-
-/// How many processors are idle or busy with encoding for this move.
-struct CpuMeter {
-    since: Instant,
-    idle_ticks: Option<u64>,
-    encode_s: f64,
-}
-
-impl CpuMeter {
-    fn new() -> Self {
-        Self { since: Instant::now(), idle_ticks: idle_ticks(), encode_s: 0.0 }
-    }
-
-    fn encoded(&mut self, cpu_s: f64) {
-        self.encode_s += cpu_s;
-    }
-
-    /// Processors, and the seconds over which that was measured; nothing if it is too early to tell.
-    fn spare_cores(&mut self) -> Option<(f64, f64)> {
-        let seconds = self.since.elapsed().as_secs_f64();
-        if seconds < CPU_WINDOW.as_secs_f64() {
-            return None;
-        }
-        let now = idle_ticks();
-        // Ticks are hundredths of a second, whatever the kernel's own.
-        let idle_s = now?.saturating_sub(self.idle_ticks?) as f64 / 100.0;
-        let cores = (idle_s + self.encode_s) / seconds;
-        (self.since, self.idle_ticks, self.encode_s) = (Instant::now(), now, 0.0);
-        Some((cores, seconds))
-    }
-}
-
-/// The machine's idle time, all processors together, in hundredths of a second.
-fn idle_ticks() -> Option<u64> {
-    let stat = std::fs::read_to_string("/proc/stat").ok()?;
-    // cpu user nice system idle iowait …
-    let mut fields = stat.lines().next()?.split_ascii_whitespace();
-    let idle: u64 = fields.nth(4)?.parse().ok()?;
-    let io_wait: u64 = fields.next()?.parse().ok()?;
-    Some(idle + io_wait)
 }

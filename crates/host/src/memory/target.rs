@@ -32,7 +32,8 @@ use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_control, read_header, write_control};
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
-use crate::memory::source::{cores, joined, unexpected};
+use crate::memory::pace::cores;
+use crate::memory::source::{joined, unexpected};
 
 /// Frames that may wait between the stream and the decoders.
 const QUEUE_FRAMES: usize = 8;

@@ -14,13 +14,16 @@
 //!    ◄────────────────────────────────────── Closed ──     (Refused {error} instead of any answer)
 //! ```
 //!
+//! Mode B carries QEMU's own migration stream instead, in both directions at once: `Bytes` frames, then one
+//! `BytesEnd` each way. Without the end a direction was cut off, not finished.
+//!
 //! Frame, little-endian: a header of 16 bytes, then `body_len` bytes.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
 //! | 0 | 2 | magic `WP` |
 //! | 2 | 1 | format version, 1 |
-//! | 3 | 1 | kind: 1 pages, 2 control (JSON, [`Control`]) |
+//! | 3 | 1 | kind: 1 pages, 2 control (JSON, [`Control`]), 3 bytes |
 //! | 4 | 4 | `body_len` |
 //! | 8 | 4 | round |
 //! | 12 | 4 | CRC-32C of header bytes 0..12, of the body up to the payload, and of the **decoded** pages |
@@ -29,6 +32,9 @@
 //! runs of `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in order: nothing
 //! (zero), `4096 × pages` bytes (raw), or one zstd frame that decodes to exactly that many bytes. In a control
 //! frame the whole body counts as payload.
+//!
+//! Body of a bytes frame: encoding `u8` (1 raw, 2 zstd), reserved 3 bytes, decoded length `u32` of at most
+//! [`CHUNK_BYTES_MAX`], payload.
 //!
 //! Invariants
 //! * Rounds are numbered from 1 and do not overlap: round r + 1 begins after `RoundDone r`, so of two versions of
@@ -55,12 +61,15 @@ pub const RUNS_MAX: usize = 4096;
 pub const CONTROL_BYTES_MAX: usize = 256 << 10;
 /// The most bytes of any body.
 pub const BODY_BYTES_MAX: usize = PAGES_HEAD + RUNS_MAX * RUN_BYTES + GROUP_PAGES_MAX * PAGE_BYTES;
+/// The most bytes, decoded, of a bytes frame.
+pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 /// The version of this format.
 pub const FORMAT_VERSION: u8 = 1;
 
 const MAGIC: [u8; 2] = *b"WP";
 const PAGES_HEAD: usize = 8;
 const RUN_BYTES: usize = 8;
+const BYTES_HEAD: usize = 8;
 
 fn corrupt(what: impl std::fmt::Display) -> WireError {
     WireError::new(ErrorKind::Corrupt, format!("read page stream: {what}"))
@@ -77,6 +86,18 @@ pub enum Kind {
     Pages,
     /// A [`Control`] message.
     Control,
+    /// A piece of QEMU's own stream.
+    Bytes,
+}
+
+impl Kind {
+    fn code(self) -> u8 {
+        match self {
+            Self::Pages => 1,
+            Self::Control => 2,
+            Self::Bytes => 3,
+        }
+    }
 }
 
 /// The first 16 bytes of a frame.
@@ -112,6 +133,7 @@ impl Header {
         let (kind, limit) = match kind {
             1 => (Kind::Pages, BODY_BYTES_MAX),
             2 => (Kind::Control, CONTROL_BYTES_MAX),
+            3 => (Kind::Bytes, BYTES_HEAD + CHUNK_BYTES_MAX),
             other => return Err(corrupt(format_args!("unknown frame kind {other}"))),
         };
         let body_len = u32_at(bytes, 4) as usize;
@@ -125,7 +147,7 @@ impl Header {
         let mut head = [0; 12];
         head[..2].copy_from_slice(&MAGIC);
         head[2] = FORMAT_VERSION;
-        head[3] = if self.kind == Kind::Pages { 1 } else { 2 };
+        head[3] = self.kind.code();
         head[4..8].copy_from_slice(&(self.body_len as u32).to_le_bytes());
         head[8..12].copy_from_slice(&self.round.to_le_bytes());
         head
@@ -151,6 +173,16 @@ pub enum Encoding {
     Raw,
     /// One zstd frame over all the pages.
     Zstd,
+}
+
+impl Encoding {
+    fn code(self) -> u8 {
+        match self {
+            Self::Zero => 0,
+            Self::Raw => 1,
+            Self::Zstd => 2,
+        }
+    }
 }
 
 /// Consecutive pages.
@@ -280,12 +312,7 @@ pub fn put_pages(
     let start = out.len();
     out.resize(start + Header::LENGTH, 0);
     out.extend_from_slice(&block.to_le_bytes());
-    out.push(match encoding {
-        Encoding::Zero => 0,
-        Encoding::Raw => 1,
-        Encoding::Zstd => 2,
-    });
-    out.push(0);
+    out.extend_from_slice(&[encoding.code(), 0]);
     out.extend_from_slice(&(runs.len() as u32).to_le_bytes());
     for run in runs {
         out.extend_from_slice(&run.first_page.to_le_bytes());
@@ -297,6 +324,64 @@ pub fn put_pages(
     header.check = header.check_of(&out[body_start..], raw);
     out.extend_from_slice(payload);
     header.put(&mut out[start..]);
+}
+
+/// A piece of QEMU's own stream, parsed but not decoded.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// `Raw` or `Zstd`.
+    pub encoding: Encoding,
+    /// The payload.
+    pub payload: &'a [u8],
+    /// Bytes that the payload decodes to.
+    pub raw_bytes: usize,
+    header: Header,
+    before_payload: &'a [u8],
+}
+
+impl<'a> Chunk<'a> {
+    /// Reads a bytes frame from a stranger's bytes.
+    pub fn parse(header: &Header, body: &'a [u8]) -> Result<Self, WireError> {
+        let bad = |what: &str| Err(corrupt(what));
+        let Some((before_payload, payload)) = body.split_at_checked(BYTES_HEAD) else {
+            return bad("a bytes frame is cut short");
+        };
+        let [encoding, 0, 0, 0, ..] = *before_payload else { return bad("a bytes frame has reserved bits") };
+        let raw_bytes = u32_at(before_payload, 4) as usize;
+        if header.kind != Kind::Bytes || body.len() != header.body_len || raw_bytes > CHUNK_BYTES_MAX {
+            return bad("a bytes frame contradicts its header");
+        }
+        let encoding = match encoding {
+            1 if payload.len() == raw_bytes => Encoding::Raw,
+            2 if payload.len() < raw_bytes => Encoding::Zstd,
+            _ => return bad("a bytes frame's length does not fit its encoding"),
+        };
+        Ok(Self { encoding, payload, raw_bytes, header: *header, before_payload })
+    }
+
+    /// Compares the check with the decoded bytes.
+    pub fn verify(&self, decoded: &[u8]) -> Result<(), WireError> {
+        if self.header.check_of(self.before_payload, decoded) == self.header.check {
+            Ok(())
+        } else {
+            Err(corrupt("the check of a bytes frame does not agree"))
+        }
+    }
+}
+
+/// Appends a bytes frame to `out`: `raw`, sent as `payload`.
+pub fn put_chunk(out: &mut Vec<u8>, encoding: Encoding, raw: &[u8], payload: &[u8]) {
+    let mut before_payload = [0; BYTES_HEAD];
+    before_payload[0] = encoding.code();
+    before_payload[4..].copy_from_slice(&(raw.len() as u32).to_le_bytes());
+    let body_len = BYTES_HEAD + payload.len();
+    let mut header = Header { kind: Kind::Bytes, round: 0, body_len, check: 0 };
+    header.check = header.check_of(&before_payload, raw);
+    let start = out.len();
+    out.resize(start + Header::LENGTH, 0);
+    header.put(&mut out[start..]);
+    out.extend_from_slice(&before_payload);
+    out.extend_from_slice(payload);
 }
 
 /// A RAM block as both sides must see it.
@@ -352,6 +437,8 @@ pub enum Control {
         /// BLAKE3, lower-case hex; see `host::memory::ram`.
         blake3: String,
     },
+    /// Either side: QEMU closed this direction of its stream.
+    BytesEnd,
     /// Source: no more rounds.
     Close,
     /// Target: nothing is pending.
@@ -457,6 +544,10 @@ mod test {
             framed.extend([0; 8]);
             framed.extend(&bytes);
             let _ = parse(&framed);
+            framed[3] = 3;
+            if let Some((head, body)) = framed.split_first_chunk() {
+                let _ = Header::parse(head).and_then(|header| Chunk::parse(&header, body)?.verify(body));
+            }
             framed[3] = 2;
             if let Some((head, body)) = framed.split_first_chunk() {
                 let _ = Header::parse(head).and_then(|header| Control::parse(&header, body));
@@ -482,6 +573,24 @@ mod test {
         assert!(parse(&frame(Encoding::Raw, &[run(0, pages)], &raw)).is_err());
         assert!(parse(&frame(Encoding::Zero, &[run(0, 10_000)], &[])).is_ok());
         assert!(parse(&frame(Encoding::Zero, &[run(0, 1)], &[1])).is_err());
+    }
+
+    #[test]
+    fn a_piece_of_a_stream_comes_back_and_a_damaged_one_is_refused() {
+        let mut bytes = Vec::new();
+        put_chunk(&mut bytes, Encoding::Raw, b"QEVM", b"QEVM");
+        let check = |bytes: &[u8]| {
+            let (head, body) = bytes.split_first_chunk().unwrap();
+            let header = Header::parse(head)?;
+            let chunk = Chunk::parse(&header, body)?;
+            chunk.verify(chunk.payload).map(|()| chunk.payload.to_vec())
+        };
+        assert_eq!(check(&bytes).unwrap(), b"QEVM");
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            assert!(check(&damaged).is_err(), "byte {at}");
+        }
     }
 
     #[test]
