@@ -30,9 +30,9 @@ use crate::codec::Decompressor;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_control, read_header, write_control};
+use crate::memory::pace::cores;
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
-use crate::memory::pace::cores;
 use crate::memory::source::{joined, unexpected};
 
 /// Frames that may wait between the stream and the decoders.

@@ -6,7 +6,9 @@
 mod disks;
 mod launch;
 mod memory;
+mod pages;
 mod precheck;
 mod sandbox;
+mod stream;
 mod support;
 mod tap;

@@ -9,8 +9,8 @@ use whimbrel_host::guest::launch::LaunchPlan;
 use whimbrel_host::guest::process::{Started, spawn};
 use whimbrel_wire::meta::VmSpec;
 
-/// RAM of the test guest, bytes.
-pub const RAM_BYTES: u64 = 128 << 20;
+/// RAM of the test guest, bytes; see `ram_bytes`.
+pub const RAM_BYTES: u64 = (128 << 20) - 8192;
 
 /// The guest: a multiboot kernel that QEMU loads by itself. It touches 16384 pages from 4 MiB on, then writes
 /// for ever into a window of 256 pages that moves on, and prints a dot per 16384 writes. Made with `as --32`:
