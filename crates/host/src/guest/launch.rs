@@ -393,7 +393,10 @@ mod test {
         assert_eq!(bytes("kvm", 1 << 30), 1 << 30);
         for asked in [1 << 30, (1 << 30) - 8192, 256 << 10] {
             let given = bytes("tcg", asked);
-            assert!(given % (256 << 10) != 0 && given % 8192 == 0 && asked - given <= 8192, "{asked}: {given}");
+            assert!(
+                given % (256 << 10) != 0 && given % 8192 == 0 && asked - given <= 8192,
+                "{asked}: {given}"
+            );
         }
     }
 
