@@ -80,6 +80,12 @@ pub fn prepared(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("find {name}, which the outer process sets"))
 }
 
+/// Whether this user namespace knows one user only, which is what an unprivileged caller gets.
+pub(super) fn one_user_only() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().nth(2) == Some("1")
+}
+
 /// Whether this process is in the lab already.
 pub fn inside() -> bool {
     std::env::var_os(INSIDE).is_some()
