@@ -184,7 +184,8 @@ pub enum Action<M, W> {
     Send(M),
     /// Start work in the background; answered by `Done` or `Failed`.
     Do(W),
-    /// Nothing more will happen; the journal entry may go.
+    /// Nothing more will happen. The journal entry is removed, at the latest before another attempt to move the same
+    /// VM begins here.
     Finished(Outcome),
 }
 

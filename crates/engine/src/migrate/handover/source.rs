@@ -22,7 +22,9 @@ pub enum SourceWork {
     Pause,
     /// Cancel outstanding I/O, list it, send the list; refuse I/O from here on.
     ListIo,
-    /// Send what has changed since, memory and disk; `Done` when the target has it.
+    /// Send what has changed since, memory and disk; `Done` when the target has it. If the disk follows on demand,
+    /// make the layer durable instead: the guest will read it from here after it has resumed elsewhere, and what it
+    /// has been told is written must not change under it if this host loses power.
     LastRound,
     /// Save and send the device state; `Done` when the target has it.
     DeviceState,
@@ -89,8 +91,6 @@ pub struct Source {
     seen: Seen,
     /// Epoch at which this host holds the right, as far as it knows; grows if the right is handed back.
     epoch: Epoch,
-    /// COMMIT has been sent, perhaps by an agent that ended since.
-    commit_sent: bool,
     /// How the move will have ended once everything is undone or released.
     why: Outcome,
     /// The guest could not be let go here.
@@ -112,7 +112,6 @@ impl Source {
             desk: Desk::default(),
             seen: Seen::default(),
             epoch: offer.epoch,
-            commit_sent: false,
             why: Outcome::Moved,
             crashed: None,
             outcome: None,
@@ -133,7 +132,6 @@ impl Source {
         let mut source = Self::new(entry.offer.clone(), now);
         source.step = entry.step;
         source.state = State::Resolving;
-        source.commit_sent = entry.step >= Step::Commit;
         source.why = Outcome::Stayed(WireError::new(
             ErrorKind::Unavailable,
             format!(
@@ -561,7 +559,9 @@ impl Source {
                 let outcome = if self.committed() { Outcome::Moved } else { Outcome::Lost(holder) };
                 self.release(now, outcome, out);
             }
-            (State::Waiting | State::Resolving | State::Fencing, SourceView::HandedBack) => {
+            // From `Serving` only by the operator's hand: the target is lost with what the guest did there, and
+            // what is kept here is the newest there is.
+            (State::Waiting | State::Serving | State::Resolving | State::Fencing, SourceView::HandedBack) => {
                 self.take_back(now, out);
             }
             (State::Resolving | State::Fencing, SourceView::Target { .. }) => self.committed_there(now, out),
@@ -577,7 +577,7 @@ impl Source {
             }
             (State::Writing, SourceView::Ours { attempt: true }) => self.offer_it(now, out),
             (State::Writing, SourceView::Ours { attempt: false }) => self.begin(now, out),
-            (State::Resolving, SourceView::Ours { attempt: true }) if self.commit_sent => {
+            (State::Resolving, SourceView::Ours { attempt: true }) => {
                 self.go(now, State::Fencing);
                 self.cas(now, self.seen.settle(VmState::Migrating), out);
             }
@@ -655,7 +655,6 @@ impl Source {
 
     /// READY: the one change that moves the VM.
     fn commit(&mut self, now: Time, out: &mut Out) {
-        self.commit_sent = true;
         self.enter(now, Step::Commit, State::Committing, out);
         self.cas(now, self.seen.commit(&self.offer), out);
     }

@@ -228,9 +228,9 @@ impl Target {
             step,
             course,
         };
-        // READY promises something that must outlive the agent; "may have run" must outlive even the host, or a
-        // guest that ran would be handed back.
-        let sync = matches!(step, Step::Verify | Step::Resume);
+        // What is prepared must be found again to be removed; READY promises something that must outlive the agent;
+        // "may have run" must outlive even the host, or a guest that ran would be handed back.
+        let sync = matches!(step, Step::Prepare | Step::Verify | Step::Resume);
         out.push(Action::Journal { entry: Box::new(entry), sync });
     }
 
