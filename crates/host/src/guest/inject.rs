@@ -29,7 +29,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::guest::proc_fs;
 use crate::guest::process::QemuProcess;
 use crate::guest::qmp::Qmp;
-use crate::guest::tracee::{Tracee, find_syscall, hurry};
+use crate::guest::tracee::{Hurry, Tracee, find_syscall};
 use crate::guest::uffd;
 
 /// Gives userfaultfds to whoever may open it.
@@ -133,7 +133,7 @@ fn inject_blocking(pid: u32, pidfd: &OwnedFd, way: Way) -> Result<Injected> {
     let action = || format!("make a userfaultfd in process {pid}");
     let at = find_syscall(pid)?;
     let tid = i32::try_from(pid).map_err(|_| Error::new(ErrorKind::InvalidInput, action()))?;
-    hurry();
+    let _hurry = Hurry::up(0);
     let mut tracee = Tracee::stop(pid, tid, at)?;
     let (number, arguments) = way.call();
     let remote = tracee.call(number, arguments).with_context(action)?;

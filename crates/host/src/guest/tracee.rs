@@ -50,16 +50,42 @@ pub(crate) struct Tracee {
     filters: Option<Vec<Vec<Instruction>>>,
     stopped: bool,
     since: Instant,
+    /// Dropped last, when the thread has been let go.
+    _hurry: Hurry,
 }
 
-/// Puts the calling thread before all ordinary ones, if it may: each moment it waits for a processor in between,
-/// the other thread stands still.
-pub(crate) fn hurry() {
-    let parameter = libc::sched_param { sched_priority: 1 };
-    // SAFETY: 0 is the calling thread; the parameter is read.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameter) } != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "no right to a real-time priority");
+/// Puts a thread before all ordinary ones until it is dropped, if we may: on a busy host the time that either
+/// thread waits for a processor is most of the time that the stopped one stands still.
+pub(crate) struct Hurry {
+    tid: i32,
+    policy: i32,
+}
+
+impl Hurry {
+    /// Thread `tid`; 0 is the calling one.
+    pub(crate) fn up(tid: i32) -> Self {
+        // SAFETY: returns a number.
+        let policy = unsafe { libc::sched_getscheduler(tid) };
+        // Real-time threads are left as they are; ordinary ones keep their nice value.
+        let policy = if matches!(policy, libc::SCHED_OTHER | libc::SCHED_BATCH) { policy } else { -1 };
+        if policy >= 0 && !set_policy(tid, libc::SCHED_FIFO, 1) {
+            tracing::debug!(error = %io::Error::last_os_error(), "no right to a real-time priority");
+        }
+        Self { tid, policy }
     }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        // It may have ended meanwhile.
+        let _ended = self.policy >= 0 && !set_policy(self.tid, self.policy, 0);
+    }
+}
+
+fn set_policy(tid: i32, policy: i32, priority: i32) -> bool {
+    let parameter = libc::sched_param { sched_priority: priority };
+    // SAFETY: the parameter is read.
+    unsafe { libc::sched_setscheduler(tid, policy, &raw const parameter) == 0 }
 }
 
 /// The address of a `syscall` instruction in a process: its vDSO has one.
@@ -100,10 +126,16 @@ impl Tracee {
         unsafe { ptrace(libc::PTRACE_SEIZE, tid, 0, options) }.with_context(action).map_err(|error| {
             error.hint("the agent needs CAP_SYS_PTRACE, and no debugger may be attached to this QEMU")
         })?;
-        let saved = empty_registers();
-        let since = Instant::now();
-        let mut tracee =
-            Self { tid, at, saved, signal_mask: 0, filters: Some(Vec::new()), stopped: false, since };
+        let mut tracee = Self {
+            tid,
+            at,
+            saved: empty_registers(),
+            signal_mask: 0,
+            filters: Some(Vec::new()),
+            stopped: false,
+            _hurry: Hurry::up(tid),
+            since: Instant::now(),
+        };
         // SAFETY: PTRACE_INTERRUPT takes neither.
         unsafe { ptrace(libc::PTRACE_INTERRUPT, tid, 0, std::ptr::null_mut()) }.with_context(action)?;
         tracee.wait(|status| status >> 16 == libc::PTRACE_EVENT_STOP).with_context(action)?;
