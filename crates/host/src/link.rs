@@ -36,6 +36,8 @@ mod conn;
 mod credentials;
 mod dial;
 mod frame;
+#[cfg(test)]
+pub(crate) mod proxy;
 mod router;
 mod serve;
 mod stream;
@@ -46,6 +48,7 @@ pub use credentials::{
     CertificateInfo, Credentials, PeerIdentity, certificate_from_pem, identity_uri, read_certificate,
 };
 pub use dial::join;
+pub(crate) use frame::{Frame, read_frame, to_json, write_frame};
 pub use router::Router;
 pub use serve::{Listening, StreamOffer};
 pub use stream::PeerStream;
@@ -220,7 +223,7 @@ impl Links {
         let what = || format!("call {method} at host {host}");
         let deadline = Instant::now() + deadline;
         let head = CallHead { method: method.to_owned(), params: raw(params)? };
-        let json = Bytes::from(frame::to_json(&head, "a call")?);
+        let json = Bytes::from(to_json(&head, "a call")?);
         let peer = self.peer(host);
         let lane = if is_bulk(method) { &peer.bulk } else { &peer.control };
         // A connection may end between being chosen and being used: nothing was sent then, and the next is tried.

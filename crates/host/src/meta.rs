@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Invariants
-//! * Revisions rise by one per committed transaction, store-wide; a transaction is all or nothing.
+//! * Revisions rise with every committed transaction, store-wide; a transaction is all or nothing.
 //! * A watch delivers every event after the asked revision once, in order, across reconnects; if that revision
 //!   has been compacted away it says so, and the caller reads again.
 //! * A transaction whose answer got lost fails with [`ErrorKind::Unknown`]: [`MetaStore::resolve`] tells, exactly
@@ -21,18 +21,34 @@ use async_trait::async_trait;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
+use whimbrel_wire::Role;
+use whimbrel_wire::peer::cluster::MetaLocation;
 
 mod batch;
+#[cfg(test)]
+mod conformance;
+pub mod etcd;
+pub mod remote;
+pub mod serve;
 pub mod sqlite;
 
+use crate::cluster::Files;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::link::{Links, Router};
+use etcd::{EtcdOptions, EtcdStore};
+use remote::RemoteStore;
+use sqlite::SqliteStore;
 
 /// Most conditions, and most changes, of one transaction.
-pub const TXN_PARTS_MAX: usize = 128;
+pub const TXN_PARTS_MAX: usize = 120;
+/// Most bytes of one key.
+pub const KEY_BYTES_MAX: usize = 512;
 /// Most bytes of keys and values of one transaction.
 pub const TXN_BYTES_MAX: usize = 1 << 20;
 
@@ -137,6 +153,49 @@ pub trait MetaStore: Send + Sync {
     fn answered_ms_ago(&self) -> u64;
 }
 
+/// An opened store, and what this host serves of it to others.
+pub struct Opened {
+    /// The store.
+    pub store: Arc<dyn MetaStore>,
+    /// The same, if it is a file of this machine: then other hosts may reach it through this one.
+    file: Option<Arc<SqliteStore>>,
+}
+
+impl Opened {
+    /// Adds the store to what this host answers, if it is this host that has it.
+    pub fn routes(&self, router: Router) -> Router {
+        match &self.file {
+            Some(file) => serve::routes(file, router),
+            None => router,
+        }
+    }
+}
+
+/// Opens the store of the cluster whose member has these files. Nothing is asked of another host yet.
+pub fn open(location: &MetaLocation, links: &Links, files: &Files) -> Result<Opened> {
+    match location {
+        MetaLocation::Sqlite { path } => {
+            let file = SqliteStore::open(Path::new(path))?;
+            Ok(Opened { store: file.clone(), file: Some(file) })
+        }
+        MetaLocation::Served { by } => {
+            // The host's record is in the store: the address to reach it first is the one that joining told.
+            if links.addresses(&by.name).is_empty() {
+                links.set_addresses(&by.name, by.addresses.iter().filter_map(|it| it.parse().ok()).collect());
+            }
+            Ok(Opened { store: RemoteStore::new(links.clone(), by.name.clone()), file: None })
+        }
+        MetaLocation::Etcd { endpoints } => {
+            let options = EtcdOptions {
+                endpoints: endpoints.clone(),
+                ca: files.ca_path(),
+                identity: files.credentials_path(Role::Host),
+            };
+            Ok(Opened { store: EtcdStore::new(options)?, file: None })
+        }
+    }
+}
+
 /// Checks a transaction against the limits that every back-end shares.
 fn check_txn(compare: &[Compare], ops: &[Op]) -> Result<()> {
     let bad = |what: &str| Err(Error::new(ErrorKind::InvalidInput, format!("change records: {what}")));
@@ -151,8 +210,8 @@ fn check_txn(compare: &[Compare], ops: &[Op]) -> Result<()> {
             Op::Delete(key) => (key, 0),
         };
         bytes += key.len() + length;
-        if key.is_empty() {
-            return bad("a key is empty");
+        if key.is_empty() || key.len() > KEY_BYTES_MAX {
+            return bad("a key is empty or too long");
         }
         if !keys.insert(key) {
             return bad("a key is changed twice in one transaction");

@@ -119,6 +119,11 @@ impl Files {
         self.read("ca.pem")
     }
 
+    /// Where the authority's certificate is.
+    pub fn ca_path(&self) -> PathBuf {
+        self.path("ca.pem")
+    }
+
     pub(super) fn write_ca(&self, ca_pem: &str) -> Result<()> {
         self.write("ca.pem", ca_pem, 0o644)
     }

@@ -13,7 +13,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 
 /// A frame in memory.
 #[derive(Debug)]
-pub(super) struct Frame {
+pub(crate) struct Frame {
     pub kind: FrameKind,
     pub request: u32,
     pub json: Bytes,
@@ -89,13 +89,13 @@ impl Frame {
 const STAGE_PAYLOAD_MAX: usize = 16 << 10;
 
 /// Writes a value as JSON.
-pub(super) fn to_json(value: &impl Serialize, what: &str) -> Result<Vec<u8>> {
+pub(crate) fn to_json(value: &impl Serialize, what: &str) -> Result<Vec<u8>> {
     serde_json::to_vec(value)
         .map_err(|error| Error::with_source(ErrorKind::Internal, format!("write {what} as JSON"), error))
 }
 
 /// TLS alerts arrive as damaged data: give them the kind that they mean.
-pub(super) fn io_error(error: std::io::Error) -> Error {
+pub(crate) fn io_error(error: std::io::Error) -> Error {
     if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
         return Error::with_source(ErrorKind::Denied, "check certificates", error)
             .hint("both hosts need certificates of the same cluster that have not ended or been revoked");
@@ -104,7 +104,7 @@ pub(super) fn io_error(error: std::io::Error) -> Error {
 }
 
 /// Writes one frame and flushes it.
-pub(super) async fn write_frame(io: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> Result<()> {
+pub(crate) async fn write_frame(io: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> Result<()> {
     let mut staged = BytesMut::with_capacity(HEADER_LEN + frame.json.len());
     let more = frame.stage(&mut staged);
     io.write_all(&staged).await.map_err(io_error).context("send a frame")?;
@@ -115,7 +115,7 @@ pub(super) async fn write_frame(io: &mut (impl AsyncWrite + Unpin), frame: &Fram
 }
 
 /// Reads one frame; `None` if the peer closed the connection between frames.
-pub(super) async fn read_frame(io: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>> {
+pub(crate) async fn read_frame(io: &mut (impl AsyncRead + Unpin)) -> Result<Option<Frame>> {
     let mut header = [0; HEADER_LEN];
     let first = io.read(&mut header).await.map_err(io_error).context("read a frame")?;
     if first == 0 {

@@ -1,9 +1,10 @@
+use super::proxy::{Mode, Proxy};
 use super::*;
 use crate::cluster::{Authority, HOST_LIFE_S, Subject};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::AtomicU64;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use whimbrel_wire::Name;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -295,53 +296,14 @@ async fn a_certificate_is_exchanged_under_traffic() {
     assert_ne!(stream.peer().serial, before, "new connections show the new certificate");
 }
 
-/// Forwards TCP to `to`, until told to swallow what comes back, or everything, without closing.
-struct Proxy {
-    address: SocketAddr,
-    swallow: tokio::sync::watch::Sender<bool>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-async fn proxy(to: SocketAddr) -> Proxy {
-    let listener = TcpListener::bind(LOOPBACK).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (swallow, swallowing) = tokio::sync::watch::channel(false);
-    let task = tokio::spawn(async move {
-        let mut open = tokio::task::JoinSet::new();
-        while let Ok((client, _)) = listener.accept().await {
-            let swallowing = swallowing.clone();
-            open.spawn(async move {
-                let server = TcpStream::connect(to).await.unwrap();
-                let (mut client_in, mut client_out) = client.into_split();
-                let (mut server_in, mut server_out) = server.into_split();
-                let back = async {
-                    let mut bytes = vec![0; 64 << 10];
-                    loop {
-                        let got = server_in.read(&mut bytes).await.unwrap_or(0);
-                        if got == 0 {
-                            return;
-                        }
-                        if !*swallowing.borrow() {
-                            client_out.write_all(&bytes[..got]).await.unwrap();
-                        }
-                    }
-                };
-                let forth = tokio::io::copy(&mut client_in, &mut server_out);
-                tokio::select! { () = back => {} _ = forth => {} }
-            });
-        }
-    });
-    Proxy { address, swallow, task }
-}
-
 #[tokio::test]
 async fn a_cut_in_the_middle_of_a_call_is_unknown_and_before_it_unavailable() {
     let pair = pair(doubling()).await;
-    let proxy = proxy(pair.listening.address()).await;
-    pair.a.set_addresses(&name("b"), vec![proxy.address]);
+    let proxy = Proxy::start(pair.listening.address()).await;
+    pair.a.set_addresses(&name("b"), vec![proxy.address()]);
     assert_eq!(double(&pair.a, 1).await.unwrap(), 2);
     // The answer is lost: first until the deadline, then as the peer falls silent.
-    proxy.swallow.send(true).unwrap();
+    proxy.set(Mode::LoseAnswers);
     let late: Result<(Number, _)> = pair
         .a
         .call(&name("b"), "host.double", &Number { value: 1 }, Bytes::new(), Duration::from_millis(300))
@@ -355,15 +317,15 @@ async fn a_cut_in_the_middle_of_a_call_is_unknown_and_before_it_unavailable() {
         begun.elapsed()
     );
     assert!(pair.a.peer_silent_ms(&name("b")).unwrap() >= 2_000);
-    proxy.task.abort();
-    let _ = proxy.task.await;
+    let gone = proxy.address();
+    proxy.stop().await;
     // Nobody listens: nothing can have been sent.
     let begun = std::time::Instant::now();
     for _ in 0..3 {
         assert_eq!(double(&pair.a, 1).await.unwrap_err().kind(), ErrorKind::Unavailable);
     }
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
-    pair.a.set_addresses(&name("b"), vec![proxy.address, pair.listening.address()]);
+    pair.a.set_addresses(&name("b"), vec![gone, pair.listening.address()]);
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     assert_eq!(double(&pair.a, 1).await.unwrap(), 2, "the second address is tried");
 }
@@ -371,14 +333,14 @@ async fn a_cut_in_the_middle_of_a_call_is_unknown_and_before_it_unavailable() {
 #[tokio::test]
 async fn a_kept_host_that_dies_is_noticed_within_two_seconds_and_found_again() {
     let pair = pair(doubling()).await;
-    let proxy = proxy(pair.listening.address()).await;
-    pair.a.set_addresses(&name("b"), vec![proxy.address]);
+    let proxy = Proxy::start(pair.listening.address()).await;
+    pair.a.set_addresses(&name("b"), vec![proxy.address()]);
     let kept = pair.a.keep(&name("b"));
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert!(kept.silent_ms().unwrap() < 1_200, "pings are answered: {:?}", kept.silent_ms());
-    proxy.swallow.send(true).unwrap();
+    proxy.set(Mode::LoseAnswers);
     tokio::time::timeout(Duration::from_millis(3_500), kept.until_silent(2_000)).await.unwrap();
-    proxy.swallow.send(false).unwrap();
+    proxy.set(Mode::Pass);
     tokio::time::sleep(Duration::from_millis(3_000)).await;
     assert!(kept.silent_ms().unwrap() < 1_200, "{:?}", kept.silent_ms());
 }

@@ -1,9 +1,12 @@
-//! Watches as back-ends see them: all events of a revision together, so that a resumed watch neither loses nor
+//! What the back-ends share: when the store last answered, and watches as back-ends see them, all events of a revision together, so that a resumed watch neither loses nor
 //! repeats half a transaction.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::mpsc;
+use whimbrel_wire::Time;
 
 use super::WatchEvent;
+use crate::clock;
 
 /// Events of complete revisions, up to and including `rev`.
 #[derive(Clone, Debug)]
@@ -37,4 +40,21 @@ pub(super) fn flatten(mut batches: mpsc::Receiver<Batch>) -> mpsc::Receiver<Watc
         }
     });
     receiver
+}
+
+/// When the store last answered.
+#[derive(Debug, Default)]
+pub(super) struct Answered(AtomicU64);
+
+impl Answered {
+    pub fn now(&self) {
+        self.0.store(clock::now().0, Ordering::Relaxed);
+    }
+
+    pub fn ms_ago(&self) -> u64 {
+        match self.0.load(Ordering::Relaxed) {
+            0 => u64::MAX,
+            at => clock::now().since_ms(Time(at)),
+        }
+    }
 }

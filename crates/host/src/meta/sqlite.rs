@@ -18,14 +18,12 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as thread_mpsc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
-use whimbrel_wire::Time;
 
-use super::batch::{BATCHES, Batch, flatten};
+use super::batch::{Answered, BATCHES, Batch, flatten};
 use super::{Committed, Compare, Item, MetaStore, Op, Snapshot, TxnId, WatchEvent, check_txn};
 use crate::clock;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -59,23 +57,6 @@ const TABLES: &str = "
 ";
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
-
-/// When the store last answered.
-#[derive(Debug, Default)]
-pub(super) struct Answered(AtomicU64);
-
-impl Answered {
-    pub fn now(&self) {
-        self.0.store(clock::now().0, Ordering::Relaxed);
-    }
-
-    pub fn ms_ago(&self) -> u64 {
-        match self.0.load(Ordering::Relaxed) {
-            0 => u64::MAX,
-            at => clock::now().since_ms(Time(at)),
-        }
-    }
-}
 
 /// See the module's charter.
 pub struct SqliteStore {

@@ -15,6 +15,8 @@ use super::{Answered, Batch, end_of, int, state, uint};
 const POLL: Duration = Duration::from_millis(20);
 /// Most events of one look; more than a transaction can have.
 const LOOK_EVENTS: usize = 512;
+/// Values of one look stop beyond this many bytes; a transaction has at most a quarter of it.
+const LOOK_BYTES: usize = 4 << 20;
 /// Tell a watch of this many revisions that did not concern it, so that it can resume after them.
 const PROGRESS_REVS: u64 = 256;
 
@@ -90,7 +92,21 @@ fn events(
             None => WatchEvent::Deleted(key, rev),
         })
     })?;
-    let mut events = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+    let mut events: Vec<WatchEvent> = Vec::new();
+    let mut bytes = 0;
+    for event in rows {
+        let event = event?;
+        let begins = events.last().is_some_and(|last| rev_of(last) < rev_of(&event));
+        if begins && bytes > LOOK_BYTES {
+            // The rest is for the next look.
+            let last = rev_of(&event) - 1;
+            return Ok((last, events));
+        }
+        if let WatchEvent::Put(item) = &event {
+            bytes += item.value.len();
+        }
+        events.push(event);
+    }
     if events.len() < LOOK_EVENTS {
         return Ok((rev, events));
     }
