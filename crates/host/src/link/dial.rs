@@ -60,10 +60,10 @@ impl Lane {
         if let Some(conn) = self.open() {
             return Ok(conn);
         }
-        if let Some((kind, why)) = &backoff.why {
-            if clock::now() < backoff.next {
-                return Err(Error::new(*kind, why.clone()));
-            }
+        if let Some((kind, why)) = &backoff.why
+            && clock::now() < backoff.next
+        {
+            return Err(Error::new(*kind, why.clone()));
         }
         let dialled = timeout_at(deadline, dial(links, host, None)).await.unwrap_or_else(|_| Err(late()));
         match dialled {

@@ -112,7 +112,7 @@ async fn a_transaction_is_all_or_nothing(rig: &mut dyn Rig) {
             let value = round.to_string();
             let ops = vec![put("pair/a", value.clone()), put("pair/b", value)];
             assert!(matches!(writer.txn(vec![], ops).await.unwrap(), Committed::Yes(_)));
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            sleep(Duration::from_millis(5)).await;
         }
     });
     let mut seen = BTreeSet::new();
@@ -325,7 +325,7 @@ async fn a_lost_answer_is_unknown_and_can_be_found_out(rig: &mut dyn Rig) {
         let committing = tokio::spawn(async move {
             commit(&*again, vec![Compare::Absent(key.into())], vec![put(key, "once")], SOON).await
         });
-        tokio::time::sleep(Duration::from_millis(3_500)).await;
+        sleep(Duration::from_millis(3_500)).await;
         rig.lose(Mode::Pass);
         let Committed::Yes(rev) = committing.await.unwrap().unwrap() else { panic!("{key} was absent") };
         assert_eq!(store.get(key).await.unwrap().unwrap().mod_rev, rev);
@@ -338,7 +338,7 @@ async fn eventually<T>(mut ask: impl AsyncFnMut() -> Option<T>) -> T {
         if let Some(found) = ask().await {
             return found;
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        sleep(Duration::from_millis(100)).await;
     }
     panic!("not within ten seconds");
 }
@@ -358,7 +358,7 @@ async fn after_an_outage_work_and_watches_go_on(rig: &mut dyn Rig) {
         if rig.is_remote() {
             let failed = store.read("x/").await.unwrap_err();
             assert_eq!(failed.kind(), ErrorKind::Unavailable, "{failed}");
-            tokio::time::sleep(Duration::from_millis(1_200)).await;
+            sleep(Duration::from_millis(1_200)).await;
             assert!(store.answered_ms_ago() >= 1_000, "{}", store.answered_ms_ago());
         }
         assert!(begun.elapsed() < Duration::from_secs(9), "failing takes {:?}", begun.elapsed());
@@ -412,7 +412,7 @@ async fn many_processes_may_open_one_file_at_once() {
     let opening: Vec<_> = (0..8)
         .map(|_| {
             let path = path.clone();
-            std::thread::spawn(move || sqlite::SqliteStore::open(&path))
+            std::thread::spawn(move || SqliteStore::open(&path))
         })
         .collect();
     let stores: Vec<Arc<_>> = opening.into_iter().map(|it| it.join().unwrap().unwrap()).collect();
@@ -445,12 +445,12 @@ async fn a_damaged_or_newer_file_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let damaged = dir.path().join("damaged.db");
     std::fs::write(&damaged, vec![0x5a; 8192]).unwrap();
-    let error = sqlite::SqliteStore::open(&damaged).err().unwrap();
+    let error = SqliteStore::open(&damaged).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     let newer = dir.path().join("newer.db");
-    drop(sqlite::SqliteStore::open(&newer).unwrap());
+    drop(SqliteStore::open(&newer).unwrap());
     let connection = rusqlite::Connection::open(&newer).unwrap();
     connection.execute("UPDATE state SET format = 2", []).unwrap();
-    let error = sqlite::SqliteStore::open(&newer).err().unwrap();
+    let error = SqliteStore::open(&newer).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 }

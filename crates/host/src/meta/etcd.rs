@@ -183,13 +183,12 @@ impl Shared {
     /// The lease for outcomes, a new one when the present one is half over.
     async fn lease(&self) -> Result<i64, Failure> {
         let now_s = clock::wall_s();
-        if let Some((lease, made_s)) = *self.lease.lock() {
-            if now_s.saturating_sub(made_s) < OUTCOME_S / 2 {
-                return Ok(lease);
-            }
+        if let Some((lease, made_s)) = *self.lease.lock()
+            && now_s.saturating_sub(made_s) < OUTCOME_S / 2
+        {
+            return Ok(lease);
         }
-        #[expect(clippy::cast_possible_wrap, reason = "an hour")]
-        let life_s = (OUTCOME_S + OUTCOME_S / 2) as i64;
+        let life_s = int(OUTCOME_S + OUTCOME_S / 2);
         let granted = self.ask(|mut client| async move { client.lease_grant(life_s, None).await });
         // A lease that was granted unknown to us runs out by itself.
         let granted = granted.await.map_err(|failure| Failure { maybe: false, ..failure })?;

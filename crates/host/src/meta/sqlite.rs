@@ -116,7 +116,7 @@ impl SqliteStore {
         answered.now();
         let (watch, watchers) = thread_mpsc::sync_channel(1024);
         let feeder = (connect(path)?, answered.clone());
-        thread("meta-watch", move || feed(feeder.0, &watchers, &feeder.1))?;
+        thread("meta-watch", move || feed(&feeder.0, &watchers, &feeder.1))?;
         Ok(Arc::new(Self {
             write: worker("meta-write", writer)?,
             read: worker("meta-read", connect(path)?)?,

@@ -125,7 +125,7 @@ fn rev_of(event: &WatchEvent) -> u64 {
 }
 
 /// The thread's work, until the store is dropped.
-pub(super) fn feed(connection: Connection, news: &Receiver<Watcher>, answered: &Answered) {
+pub(super) fn feed(connection: &Connection, news: &Receiver<Watcher>, answered: &Answered) {
     let mut watchers: Vec<Watcher> = Vec::new();
     let mut seen = -1;
     loop {
@@ -158,7 +158,7 @@ pub(super) fn feed(connection: Connection, news: &Receiver<Watcher>, answered: &
             if !changed && !watcher.behind {
                 return watcher.batches.as_ref().is_some_and(|batches| !batches.is_closed());
             }
-            watcher.advance(&connection).unwrap_or_else(|error| {
+            watcher.advance(connection).unwrap_or_else(|error| {
                 tracing::warn!(%error, "read the log of the metadata store");
                 // It is still marked as behind, so the next poll looks again.
                 true
