@@ -27,6 +27,7 @@ mod event;
 mod frontend;
 mod guest_ram;
 mod inflight;
+pub mod nbd;
 mod pool;
 mod queue;
 mod ring;

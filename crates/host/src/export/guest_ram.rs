@@ -13,7 +13,7 @@
 #![expect(unsafe_code, reason = "maps the guest's memory and hands out pointers into it")]
 
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSliceMut;
 use std::os::unix::fs::MetadataExt;
 use std::ptr;
 use std::sync::Arc;
@@ -237,7 +237,7 @@ pub(super) fn copy_out(segs: &[Seg], mut from: &[u8]) -> bool {
     from.is_empty()
 }
 
-/// Guest memory as the lists of slices that disks take, reused from request to request.
+/// Guest memory as the list of slices that disks fill, reused from request to request.
 #[derive(Default)]
 pub(super) struct Buffers {
     list: Vec<libc::iovec>,
@@ -247,18 +247,10 @@ pub(super) struct Buffers {
 unsafe impl Send for Buffers {}
 
 impl Buffers {
-    /// Sets the list to `segs` from `skip` bytes on.
-    pub(super) fn set(&mut self, segs: &[Seg], mut skip: usize) {
+    /// Sets the list to `segs`.
+    pub(super) fn set(&mut self, segs: &[Seg]) {
         self.list.clear();
-        for seg in segs {
-            let cut = skip.min(seg.len);
-            skip -= cut;
-            if cut < seg.len {
-                // SAFETY: `cut < seg.len`, so the result lies inside the mapping that `seg` came from.
-                let start = unsafe { seg.ptr.add(cut) };
-                self.list.push(libc::iovec { iov_base: start.cast(), iov_len: seg.len - cut });
-            }
-        }
+        self.list.extend(segs.iter().map(|seg| libc::iovec { iov_base: seg.ptr.cast(), iov_len: seg.len }));
     }
 
     /// Total length, bytes.
@@ -278,14 +270,6 @@ impl Buffers {
         let slices =
             unsafe { std::slice::from_raw_parts_mut(self.list.as_mut_ptr().cast(), self.list.len()) };
         fill(slices)
-    }
-
-    /// Gives the memory to `take` to be read. `_ram` is what the segments came from.
-    pub(super) fn read_from<R>(&self, _ram: &GuestRam, take: impl FnOnce(&[IoSlice<'_>]) -> R) -> R {
-        // SAFETY: as in `write_to`. What a disk reads twice may differ if the guest changes it meanwhile; disks are
-        // written to bear that (see `BlockDev`).
-        let slices = unsafe { std::slice::from_raw_parts(self.list.as_ptr().cast(), self.list.len()) };
-        take(slices)
     }
 }
 

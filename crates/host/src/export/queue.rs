@@ -10,9 +10,9 @@
 //!                   ended
 //! ```
 //!
-//! What the disk can do without waiting is done here, straight between the disk and guest memory. The rest goes to
-//! the [`Pool`] with copies of its data, and is answered here, in whatever order it ends: only this thread touches
-//! the rings.
+//! What the disk can do without waiting is done here: reads straight into guest memory, writes from a copy, since a
+//! guest may change its pages meanwhile. The rest goes to the [`Pool`] with copies of its data, and is answered here,
+//! in whatever order it ends: only this thread touches the rings.
 //!
 //! Invariants
 //! * A request is recorded as in flight before it is begun, and answered only after it was done.
@@ -22,7 +22,7 @@
 //! Not here: when a ring may run (`frontend`), what its bytes are (`ring`), what a request is (`blk`).
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -35,7 +35,7 @@ use rustix::event::epoll;
 use super::blk::{self, Ask, Identity};
 use super::dirty::Dirty;
 use super::event::{Waker, signal};
-use super::guest_ram::{Buffers, GuestRam, Seg, copy_out};
+use super::guest_ram::{Buffers, GuestRam, Seg, copy_in, copy_out};
 use super::inflight::Inflight;
 use super::pool::Pool;
 use super::ring::{BadRing, Chain, Ring};
@@ -163,6 +163,26 @@ pub(super) struct State {
     unsignalled: u32,
     chain: Chain,
     buffers: Buffers,
+    copied: Copied,
+}
+
+/// Room for a write's data, reused from request to request.
+#[derive(Default)]
+struct Copied(Vec<u8>);
+
+impl Copied {
+    /// Kept between requests; what a larger request needed is given back after it.
+    const KEPT_BYTES: usize = 1 << 20;
+
+    fn take(&mut self, len: usize) -> &mut [u8] {
+        if self.0.len() > Self::KEPT_BYTES && len <= Self::KEPT_BYTES {
+            self.0 = Vec::new();
+        }
+        if self.0.len() < len {
+            self.0.resize(len, 0);
+        }
+        self.0.get_mut(..len).unwrap_or_default()
+    }
 }
 
 /// A running queue.
@@ -230,6 +250,7 @@ impl RunningQueue {
             unsignalled: 0,
             chain: Chain::default(),
             buffers: Buffers::default(),
+            copied: Copied::default(),
         };
         let queue = Arc::new(Queue {
             device,
@@ -362,7 +383,7 @@ fn carry_out(slot: &DeviceSlot, op: Op) -> Done {
     let result = match &op {
         Op::Read { .. } => Ok(()),
         Op::Write { offset, data, then_flush } => device
-            .write(*offset, &[std::io::IoSlice::new(data)])
+            .write(*offset, &[IoSlice::new(data)])
             .and_then(|()| if *then_flush { device.flush() } else { Ok(()) }),
         Op::Flush => device.flush(),
         Op::Discard(ranges) => {
@@ -536,7 +557,7 @@ impl State {
     }
 
     fn begin_read(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
-        self.buffers.set(&self.chain.writable, 0);
+        self.buffers.set(&self.chain.writable);
         let len = self.buffers.bytes();
         if !shared.identity.holds(offset, len) {
             return Begun::Answer { status: blk::S_IOERR, written: 0 };
@@ -553,12 +574,16 @@ impl State {
     }
 
     fn begin_write(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
-        self.buffers.set(&self.chain.readable, blk::HEADER_BYTES);
-        let len = self.buffers.bytes();
+        let total: u64 = self.chain.readable.iter().map(|seg| seg.len as u64).sum();
+        let len = total - blk::HEADER_BYTES as u64;
         if !shared.identity.holds(offset, len) {
             return Begun::Answer { status: blk::S_IOERR, written: 0 };
         }
-        match self.buffers.read_from(&self.ram, |from| device.write_now(offset, from)) {
+        // Copied, because a guest may go on writing to a page while that is on its way to the disk (file systems
+        // do), and a disk that keeps checksums must see the same bytes twice.
+        let data = self.copied.take(usize::try_from(len).unwrap_or(0));
+        copy_in(&self.chain.readable, blk::HEADER_BYTES, data);
+        match device.write_now(offset, &[IoSlice::new(data)]) {
             Ok(true) => {
                 shared.stats.written_bytes.fetch_add(len, Ordering::Relaxed);
                 if self.write_through {
@@ -567,8 +592,7 @@ impl State {
                 Begun::Answer { status: blk::S_OK, written: 0 }
             }
             Ok(false) => {
-                let mut data = vec![0; usize::try_from(len).unwrap_or(0)];
-                super::guest_ram::copy_in(&self.chain.readable, blk::HEADER_BYTES, &mut data);
+                let data = data.to_vec();
                 Begun::HandOn(Op::Write { offset, data, then_flush: self.write_through })
             }
             Err(error) => Begun::Answer { status: shared.complain(&error), written: 0 },
