@@ -4,12 +4,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use whimbrel_host::guest::binary::QemuBinary;
+use whimbrel_host::guest::launch::ram_bytes;
 use whimbrel_host::guest::precheck::{HostFacts, MovedBy, Report, precheck};
 use whimbrel_host::guest::process::QemuProcess;
 use whimbrel_host::guest::qmp::Qmp;
 use whimbrel_wire::meta::Mode;
 
-use crate::support::{RAM_BYTES, Wanted, qemus, start};
+use crate::support::{Wanted, qemus, start};
 
 /// A QEMU that somebody else started.
 struct Foreign {
@@ -61,7 +62,7 @@ async fn a_vm_of_ours_moves_in_mode_a_and_every_block_is_accounted_for() {
         let vm = start(&qemu, Wanted { name: "ours", ..Wanted::default() }).await;
         let report = precheck(&vm.started.qmp, &vm.started.process, &HostFacts::probe()).await.unwrap();
         assert_eq!(report.mode, Some(Mode::A), "{report:#?}");
-        assert_eq!(report.memory_bytes(), RAM_BYTES);
+        assert_eq!(report.memory_bytes(), ram_bytes(&vm.plan.spec));
         assert_eq!((report.machine.as_str(), report.cpu.as_str(), report.vcpus), ("pc-q35-7.2", "qemu64", 1));
         assert_eq!((report.accel.as_str(), report.qemu_version), ("tcg", qemu.version));
         assert!(
@@ -69,7 +70,7 @@ async fn a_vm_of_ours_moves_in_mode_a_and_every_block_is_accounted_for() {
         );
         let ram = report.ram.iter().find(|block| block.moved_by == MovedBy::Us).unwrap();
         assert_eq!(ram.path.as_deref(), Some(vm.plan.ram_path.as_path()));
-        assert_eq!(ram.mappings.iter().map(|one| one.length).sum::<u64>(), RAM_BYTES);
+        assert_eq!(ram.mappings.iter().map(|one| one.length).sum::<u64>(), report.memory_bytes());
     }
 }
 
