@@ -194,7 +194,6 @@ impl World {
         let Some(copy) = self.hosts[host].copies.get_mut(&id) else { return };
         copy.epoch = epoch.unwrap_or(right.epoch.0);
         copy.state = CopyState::Running;
-        copy.ran = true;
         copy.have = None;
         if let Some(words) = differs(copy, &self.truth) {
             return self.fail(format!("h{host}: {words}"));

@@ -97,7 +97,7 @@ impl World {
             self.at(at, What::Fault(fault));
         }
         self.store.lose_answers = if self.rng.permille(300) { self.rng.below(150) } else { 0 };
-        self.store.late = if self.rng.permille(300) { self.rng.below(100) } else { 0 };
+        self.store.late = if self.rng.permille(400) { self.rng.below(200) } else { 0 };
         self.at(CALM, What::Fault(Fault::Calm));
     }
 
@@ -242,6 +242,7 @@ impl World {
         for host in 0..self.hosts.len() {
             self.restore(host);
         }
+        self.after_ms(OPERATOR_MS + 10_000, What::Move);
         self.after_ms(OPERATOR_MS, What::Fault(Fault::Operator));
         self.after_ms(2 * OPERATOR_MS, What::Fault(Fault::Operator));
     }

@@ -131,8 +131,6 @@ pub struct Copy {
     pub takes_io: bool,
     /// The attempt that brought it here.
     pub brought_by: Option<u64>,
-    /// It has executed here.
-    pub ran: bool,
     /// Memory, device state and layer are whole: it could be started from the files if QEMU ended.
     pub kept: bool,
     /// Epoch at which it executes, or from which on it refuses frames of older ones.
@@ -164,7 +162,6 @@ impl Copy {
             layer,
             takes_io: true,
             brought_by: None,
-            ran: true,
             kept: false,
             epoch,
             have: None,
@@ -183,7 +180,6 @@ impl Copy {
             layer: Layer::new(),
             takes_io: false,
             brought_by: Some(attempt),
-            ran: false,
             kept: false,
             epoch: 0,
             have: Some(Have { pages: vec![0; PAGES], blocks: vec![0; BLOCKS] }),

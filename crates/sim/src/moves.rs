@@ -17,6 +17,9 @@ use crate::store::no_answer;
 use crate::stream::{Round, Stream};
 use crate::world::{Answer, Asker, Attempt, HostIx, Message, What, Work, World, vm_name};
 
+/// So long after the end of faults nothing of them is left: not even a target that waits for a source.
+const QUIET_MS: u64 = 40_000;
+
 fn number(attempt: AttemptId) -> Attempt {
     // Attempts are numbered by the world; see `on_move`.
     u64::try_from(attempt.0.as_u128()).unwrap_or(0)
@@ -73,14 +76,19 @@ impl World {
         };
         self.note(format_args!("move {attempt}: h{from} to h{to}"));
         self.tally.moves += 1;
+        let quiet_since = crate::faults::CALM.plus_ms(QUIET_MS);
+        if self.now >= quiet_since && !self.hosts.iter().any(|host| host.gone) {
+            self.must_succeed.insert(attempt);
+        }
         let source = Source::new(offer, self.now).with_plant(self.plant.and_then(Plant::in_engine));
         self.hosts[from].copy_of.insert(attempt, copy);
         if let Some(agent) = &mut self.hosts[from].agent {
             agent.sources.insert(attempt, source);
         }
         self.source_event(from, attempt, Event::Tick);
-        if self.rates.cancels && self.rng.permille(300) {
-            let ms = self.rng.between(1, 1_500);
+        if self.rates.cancels && !self.calm && self.rng.permille(300) {
+            let longest = if self.rng.permille(500) { 15 } else { 1_500 };
+            let ms = self.rng.between(1, longest);
             self.after_ms(ms, What::Fault(Fault::Cancel(from, attempt)));
         }
     }
@@ -225,6 +233,9 @@ impl World {
         self.note(format_args!("h{host}: {attempt} {side} finished: {outcome:?}"));
         if side == Side::Source && matches!(outcome, Outcome::Stayed(_) | Outcome::Cancelled) {
             self.tally.undone += 1;
+            if self.must_succeed.contains(&attempt) {
+                self.fail(format!("nothing is broken, and move {attempt} failed: {outcome:?}"));
+            }
         }
         self.hosts[host].journal.remove(&attempt);
         if let Some(agent) = &mut self.hosts[host].agent {
@@ -498,12 +509,15 @@ impl World {
                 (Some(id), Some(CopyState::Stopped)) => {
                     let epoch = self.hosts[host].agent.as_ref().and_then(|agent| agent.targets.get(&attempt));
                     let epoch = epoch.map(|target| target.offer().epoch.0 + 1);
+                    if let Some(agent) = &mut self.hosts[host].agent {
+                        agent.let_go.insert(attempt);
+                    }
                     self.let_guest_run(host, id, epoch);
                 }
                 (Some(_), Some(CopyState::Running)) => {}
                 _ => {
-                    let ran = id.and_then(|id| self.hosts[host].copies.get(&id)).is_some_and(|copy| copy.ran);
-                    return gone(ran);
+                    let agent = self.hosts[host].agent.as_ref();
+                    return gone(agent.is_some_and(|agent| agent.let_go.contains(&attempt)));
                 }
             },
             Work::Target(TargetWork::Rebuild) => {

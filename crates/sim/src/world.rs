@@ -16,7 +16,7 @@
 //! Invariant: nothing here depends on anything but the seed and the plant; one thread, ordered maps, own generator.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 use whimbrel_engine::migrate::handover::{Cas, CasResult, SourceWork, TargetWork};
 use whimbrel_engine::migrate::handover::{JournalEntry, ReqId, Seen, Source, Target, ToSource, ToTarget};
@@ -164,6 +164,8 @@ pub struct Agent {
     pub wakes: BTreeMap<Attempt, Time>,
     /// When the store last answered.
     pub store_answered: Option<Time>,
+    /// Guests that this agent has let run; one that starts later cannot know.
+    pub let_go: BTreeSet<Attempt>,
 }
 
 /// A host.
@@ -259,6 +261,8 @@ pub struct World {
     /// Numbers.
     pub tally: Tally,
     pub(crate) next_id: u64,
+    /// Moves begun when nothing was broken any more.
+    pub(crate) must_succeed: BTreeSet<Attempt>,
     /// Since when two hosts cannot hear each other, by ordered pair.
     pub(crate) unheard_since: BTreeMap<(HostIx, HostIx), Time>,
 }
@@ -338,6 +342,7 @@ impl World {
             excused: false,
             tally: Tally::default(),
             next_id: 0,
+            must_succeed: BTreeSet::new(),
             unheard_since: BTreeMap::new(),
         };
         world.begin();
@@ -482,6 +487,7 @@ impl World {
             reader,
             wakes: BTreeMap::new(),
             store_answered: None,
+            let_go: BTreeSet::new(),
         });
         self.note(format_args!("h{host}: agent starts"));
         self.submit_io(host);

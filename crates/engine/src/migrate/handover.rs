@@ -50,10 +50,26 @@
 //! | source, committing | the CAS's answer | [`limit::STORE_MS`] | read back |
 //! | source, resolving, fencing | the store | none: only the record says who runs the VM | – |
 //! | source, waiting | the target to run the guest, or hand back | none: only the operator can decide otherwise | – |
+//! | source, serving (`--disk on-demand`) | the target to fetch the rest | none: the task says that it depends on the source | – |
+//! | source, undoing | own QEMU | the host's own limits | the record says `crashed` |
+//! | source, clearing | the store | none: the guest runs here already | – |
 //! | target, before READY | any sign of the source | [`limit::TARGET_PATIENCE_MS`] | discard |
 //! | target, READY | the record | none | – |
 //! | target, source silent after the pause | – | [`limit::SOURCE_SILENT_MS`] | the record says `needs_operator` |
 //! | target, resuming | own QEMU | the host's own limits | rebuild, then hand back |
+//!
+//! # After a restart of the agent
+//!
+//! | side, newest entry | record says | then |
+//! |---|---|---|
+//! | source, before `release` | still ours | fence (the last entry may be lost, COMMIT on its way), undo |
+//! | source, before `release` | the target's | as after COMMIT |
+//! | source, before `release` | ours again, by a hand-back or the operator | the guest goes on here |
+//! | source, `release` | – | give up the copy |
+//! | target, before `verify` | – | discard; the source is told, or asks and hears `Gone` |
+//! | target, `verify` … `announce` | mine | resume what QEMU has, else rebuild, else hand back; if it may have run: `crashed` |
+//! | target, `verify` … `announce` | this attempt stands | wait, as READY |
+//! | target, `verify` … `announce` | over | discard |
 //!
 //! # Invariants
 //!
