@@ -17,6 +17,7 @@ pub mod clock;
 pub mod cluster;
 pub mod codec;
 pub mod disk;
+pub mod durable;
 pub mod error;
 pub mod export;
 pub mod failpoint;
@@ -26,7 +27,10 @@ pub mod memory;
 pub mod meta;
 pub mod metrics;
 pub mod migrate;
+pub mod records;
 pub mod store;
 pub mod task;
+pub mod vm;
+pub mod volume;
 
 pub use error::{Context, Error, ErrorKind, Result};

@@ -36,6 +36,7 @@ mod conn;
 mod credentials;
 mod dial;
 mod frame;
+mod own;
 #[cfg(test)]
 pub(crate) mod proxy;
 mod router;
@@ -49,6 +50,7 @@ pub use credentials::{
 };
 pub use dial::join;
 pub(crate) use frame::{Frame, read_frame, to_json, write_frame};
+pub use own::own_addresses;
 pub use router::Router;
 pub use serve::{Listening, StreamOffer};
 pub use stream::PeerStream;

@@ -1,1 +1,222 @@
 //! Carries out the handover that the engine decides.
+//!
+//! ```text
+//!   Migrations ── start ──► SourceSide ─┐                        ┌─ TargetSide ◄── migrate.control (an offer)
+//!                                       ├─ driver ── machine ── driver
+//!        copy: memory rounds, layers ───┴──── streams ───────────┴── receives, verifies, keeps
+//! ```
+//!
+//! | stream | carries |
+//! |---|---|
+//! | `migrate.control` | the machines' messages |
+//! | `migrate.memory` | mode A: pages |
+//! | `migrate.layer` | one volume's writable layer |
+//! | `migrate.state` | device state, the RAM's hash, where each layer ends |
+//! | `migrate.qemu` | mode B: QEMU's own stream, and its return path |
+//!
+//! Invariants: what the machine orders is idempotent here; nothing of a VM is given up but by `Release` and
+//! `Discard`; after a restart every journalled attempt goes on.
+//!
+//! Not here: the order of steps and what follows from failures (`engine::migrate::handover`).
+
+mod control;
+mod copy;
+mod data;
+mod driver;
+mod journal;
+mod source;
+mod store;
+mod target;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+use whimbrel_engine::migrate::handover::{Cas, CasResult, Offer, Outcome, Seen, Side, Source, Target};
+use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
+use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
+use whimbrel_wire::{AttemptId, HostId, Name};
+
+use crate::clock;
+use crate::error::{Error, ErrorKind, Result};
+use crate::link::{Links, Router};
+use crate::meta::MetaStore;
+use crate::records;
+use crate::task::{TaskHandle, Tasks};
+use crate::vm::{LocalVm, Vms};
+use journal::Journal;
+use source::SourceSide;
+use target::TargetSide;
+
+/// The pause aimed at when nobody says otherwise, milliseconds (QEMU's default is 300).
+const DOWNTIME_LIMIT_MS: u64 = 300;
+
+/// All moves in which this host takes part.
+#[derive(Clone)]
+pub struct Migrations {
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub host: HostId,
+    pub links: Links,
+    pub meta: Arc<dyn MetaStore>,
+    pub vms: Vms,
+    pub tasks: Tasks,
+    pub journal: Journal,
+    targets: Mutex<HashMap<AttemptId, Arc<TargetSide>>>,
+}
+
+impl Migrations {
+    /// No moves yet: see [`Migrations::recover`].
+    pub fn new(
+        host: HostId,
+        links: Links,
+        meta: Arc<dyn MetaStore>,
+        vms: Vms,
+        tasks: Tasks,
+        journal_dir: PathBuf,
+    ) -> Result<Self> {
+        let journal = Journal::open(journal_dir)?;
+        let shared = Shared { host, links, meta, vms, tasks, journal, targets: Mutex::default() };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Registers what other hosts call.
+    pub fn register(&self, router: Router) -> Router {
+        target::register(&self.shared, router)
+    }
+
+    /// VMs whose fate the journal decides.
+    pub fn unfinished(&self) -> Result<Vec<Name>> {
+        Ok(self.shared.journal.read_all()?.into_iter().map(|entry| entry.offer.vm).collect())
+    }
+
+    /// Takes up every move that an earlier process of this agent left behind.
+    pub async fn recover(&self) -> Result<()> {
+        for entry in self.shared.journal.read_all()? {
+            let (vm, attempt) = (entry.offer.vm.clone(), entry.offer.attempt);
+            tracing::info!(%vm, %attempt, side = %entry.side, step = %entry.step, "taking up a move");
+            let result = match entry.side {
+                Side::Source => {
+                    let machine = Source::recover(&entry, clock::now());
+                    SourceSide::take_up(&self.shared, machine).await
+                }
+                Side::Target => {
+                    let machine = Target::recover(&entry, clock::now());
+                    TargetSide::take_up(&self.shared, machine).await
+                }
+            };
+            if let Err(error) = result {
+                tracing::error!(%vm, %attempt, %error, "cannot take up a move; its journal is kept");
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this host has part in an unfinished move of the VM.
+    pub fn has_part_in(&self, vm: &Name) -> bool {
+        self.unfinished().is_ok_and(|names| names.contains(vm))
+    }
+
+    /// Begins to move a VM of this host; the task's number.
+    pub async fn start(&self, name: &Name, request: &VmMigrate) -> Result<u64> {
+        let shared = &self.shared;
+        let vm = shared.vms.must_be_here(name).await?;
+        let record =
+            records::must::<VmRecord>(&*shared.meta, &key::vm(name), &format!("vm {name}")).await?.value;
+        let offer = self.offer(&vm, &record, request).await?;
+        let busy = vm.busy(&format!("move vm {name}"))?;
+        let task = shared.tasks.start(TaskKind::Migrate, format!("vm {name}"));
+        let id = task.id();
+        SourceSide::start(shared, vm, busy, offer, request, task);
+        Ok(id)
+    }
+
+    /// The records of a VM and its volumes, as the handover reads them.
+    pub async fn read_records(&self, vm: &Name) -> Result<Seen> {
+        store::read(&*self.shared.meta, vm).await
+    }
+
+    /// Makes a change of records that the engine decided; `Refused` if somebody else was faster.
+    pub async fn change_records(&self, cas: &Cas) -> Result<()> {
+        match store::cas(&*self.shared.meta, cas).await {
+            CasResult::Yes(_) => Ok(()),
+            CasResult::Conflict => {
+                Err(Error::new(ErrorKind::Refused, "change records: they have changed meanwhile")
+                    .hint("look at the VM again, then repeat the command"))
+            }
+            CasResult::Unknown(error) => Err(error.into()),
+        }
+    }
+
+    async fn offer(&self, vm: &LocalVm, record: &VmRecord, request: &VmMigrate) -> Result<Offer> {
+        let shared = &self.shared;
+        let (name, to) = (&vm.name, &request.to);
+        let action = format!("move vm {name} to host {to}");
+        let refuse = |kind, words: String| Err(Error::new(kind, format!("{action}: {words}")));
+        if *to == shared.host {
+            return refuse(ErrorKind::InvalidInput, "it runs there already".into());
+        }
+        if request.post_copy == PostCopy::Now {
+            return refuse(ErrorKind::Unsupported, "post-copy is not in this release".into());
+        }
+        if record.state != VmState::Running && record.state != VmState::Migrating {
+            return refuse(ErrorKind::Refused, format!("it is {:?}", record.state));
+        }
+        let host =
+            records::must::<HostRecord>(&*shared.meta, &key::host(to), &format!("host {to}")).await?.value;
+        if host.revoked {
+            return refuse(ErrorKind::NotFound, format!("host {to} has been removed from the cluster"));
+        }
+        if host.draining {
+            return refuse(ErrorKind::Refused, format!("host {to} is draining"));
+        }
+        let report = shared.vms.precheck(vm).await?;
+        let mode = match (request.mode, report.mode) {
+            (_, None) => return refuse(ErrorKind::Unsupported, report.refusals.join("; ")),
+            (Some(Mode::A), Some(Mode::B)) => {
+                return refuse(
+                    ErrorKind::Unsupported,
+                    format!("mode A: {}", report.mode_a_reasons.join("; ")),
+                );
+            }
+            (Some(asked), Some(_)) => asked,
+            (None, Some(best)) => best,
+        };
+        Ok(Offer {
+            attempt: AttemptId(Uuid::new_v4()),
+            vm: name.clone(),
+            source: shared.host.clone(),
+            target: to.clone(),
+            epoch: record.right.epoch,
+            spec: record.spec.clone(),
+            mode,
+            disk: request.disk,
+            verify: request.verify,
+        })
+    }
+}
+
+/// How a move ended, as the task's result.
+fn result_of(outcome: &Outcome, vm: &Name) -> Result<()> {
+    match outcome {
+        Outcome::Moved => Ok(()),
+        Outcome::Stayed(error) => Err(Error::from(error.clone())),
+        Outcome::Cancelled => {
+            Err(Error::new(ErrorKind::Cancelled, format!("move vm {vm}: cancelled; it stays here")))
+        }
+        Outcome::Lost(holder) => {
+            let who = holder.as_ref().map_or_else(|| "nobody".into(), ToString::to_string);
+            Err(Error::new(ErrorKind::Refused, format!("move vm {vm}: the right over it is held by {who}")))
+        }
+        Outcome::Crashed(error) => Err(Error::from(error.clone())),
+    }
+}
+
+/// What of a move a task shows; a move taken up after a restart has a task of its own.
+fn task_for(shared: &Shared, vm: &Name) -> TaskHandle {
+    shared.tasks.start(TaskKind::Migrate, format!("vm {vm}"))
+}

@@ -53,16 +53,11 @@ pub struct Config {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Meta {
-    /// A SQLite file; `meta.db` below `data_dir` if empty. Agents of one machine may share it.
+    /// A SQLite file; `meta.db` below `data_dir` if empty. Agents of one machine may share it: each names it here.
     pub sqlite: PathBuf,
-    /// etcd's `https://HOST:PORT`s; used instead of SQLite if there are any.
+    /// etcd's `https://HOST:PORT`s; used instead of SQLite if there are any. etcd's certificates are signed by the
+    /// cluster's authority, and it knows the hosts by theirs.
     pub etcd: Vec<String>,
-    /// Certificate authority of etcd, PEM file.
-    pub etcd_ca: PathBuf,
-    /// Client certificate for etcd, PEM file.
-    pub etcd_cert: PathBuf,
-    /// Its key, PEM file.
-    pub etcd_key: PathBuf,
 }
 
 impl Default for Config {
@@ -110,6 +105,15 @@ impl Config {
         config.completed()
     }
 
+    /// The SQLite file of a cluster made here.
+    pub fn sqlite_path(&self) -> PathBuf {
+        if self.meta.sqlite.as_os_str().is_empty() {
+            self.data_dir.join("meta.db")
+        } else {
+            self.meta.sqlite.clone()
+        }
+    }
+
     fn completed(mut self) -> anyhow::Result<Self> {
         if self.name.is_empty() {
             let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -117,9 +121,6 @@ impl Config {
         }
         if self.socket.as_os_str().is_empty() {
             self.socket = self.run_dir.join("agent.sock");
-        }
-        if self.meta.sqlite.as_os_str().is_empty() {
-            self.meta.sqlite = self.data_dir.join("meta.db");
         }
         self.name.parse::<whimbrel_wire::Name>().context("read key `name`")?;
         self.listen.parse::<std::net::SocketAddr>().context("read key `listen`: IP:PORT")?;
@@ -152,7 +153,7 @@ mod test {
     fn an_empty_file_is_the_defaults_and_unknown_keys_are_named() {
         let config = Config::parse("name = 'a'").unwrap();
         assert_eq!(config.socket, PathBuf::from(SOCKET_DEFAULT));
-        assert_eq!(config.meta.sqlite, PathBuf::from("/var/lib/whimbrel/meta.db"));
+        assert_eq!(config.sqlite_path(), PathBuf::from("/var/lib/whimbrel/meta.db"));
         let table: toml::Table = toml::from_str("nmae = 'a'\n[meta]\nsqlight = 'x'").unwrap();
         let known = toml::Table::try_from(Config::default()).unwrap();
         assert_eq!(unknown_keys(&table, &known, ""), ["meta.sqlight", "nmae"]);

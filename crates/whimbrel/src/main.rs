@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        cli::Command::Agent { config } => runtime.block_on(agent::run(config.as_deref(), &cli.socket)),
+        cli::Command::Agent { config } => runtime.block_on(agent::run(config.as_deref())),
         _ => runtime.block_on(cli::run(cli)),
     };
     // Blocking reads (a terminal, a store that hangs) must not keep the process.

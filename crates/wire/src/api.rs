@@ -115,6 +115,8 @@ pub enum TaskKind {
     Publish,
     /// Fetch a whole image into the cache.
     Prefetch,
+    /// Check an image against its hashes.
+    Verify,
     /// Write an image or volume to a file.
     Export,
     /// Fill a volume from a file.
@@ -323,8 +325,10 @@ pub struct HostJoin {
 /// The answer to a request that starts long work.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct TaskStarted {
-    /// The task's number.
+    /// The task's number on that host.
     pub task: u64,
+    /// The host that does the work.
+    pub host: HostId,
 }
 
 /// The connections to another host.
@@ -360,4 +364,75 @@ pub struct VolumeCheck {
 pub struct VmConsole {
     /// A unix socket on the host that runs the VM.
     pub socket: String,
+}
+
+/// Make a cluster.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ClusterInit {
+    /// Its name.
+    pub name: Name,
+    /// Where images are published unless told otherwise.
+    #[serde(default)]
+    pub store: Option<String>,
+}
+
+/// Make a join token.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TokenMake {
+    /// Role of the certificate it buys.
+    pub role: Role,
+}
+
+/// Refuse or allow new VMs on a host.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct HostDrain {
+    /// Refuse them.
+    pub draining: bool,
+}
+
+/// Check an image.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct ImageCheck {
+    /// Read every block from the store too.
+    #[serde(default)]
+    pub store: bool,
+}
+
+/// Write an image or a volume to a file. Local socket only.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Export {
+    /// The file; it must not exist.
+    pub file: String,
+    /// raw, qcow2, vhdx or vmdk; from the extension if not given.
+    #[serde(default)]
+    pub format: Option<String>,
+}
+
+/// Make a volume from a file. Local socket only.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeImport {
+    /// Its name.
+    pub name: Name,
+    /// The image file.
+    pub file: String,
+    /// raw, qcow2, vhdx or vmdk; from the extension if not given.
+    #[serde(default)]
+    pub format: Option<String>,
+}
+
+/// Stop a VM.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VmStop {
+    /// Do not ask the guest.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Take over a VM whose host died.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VmRecover {
+    /// The host that takes over.
+    pub on: HostId,
+    /// The operator made sure that the old host is off.
+    pub fenced: bool,
 }

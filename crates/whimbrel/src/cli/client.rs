@@ -33,11 +33,6 @@ impl Client {
         Self { socket }
     }
 
-    /// The agent's socket.
-    pub fn socket(&self) -> &std::path::Path {
-        &self.socket
-    }
-
     /// `GET path`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         self.call(Method::GET, path, Bytes::new()).await

@@ -1,9 +1,8 @@
 //! `whimbrel cluster …`, `whimbrel host …` and `whimbrel link …`.
 
 use clap::Subcommand;
-use serde_json::json;
 use whimbrel_wire::HostId;
-use whimbrel_wire::api::{Host, HostJoin, Link, Token};
+use whimbrel_wire::api::{ClusterInit, Host, HostDrain, HostJoin, Link, Token, TokenMake};
 use whimbrel_wire::size::show_bytes;
 
 use super::Context;
@@ -79,13 +78,14 @@ pub async fn run_cluster(context: &Context, command: ClusterCommand) -> anyhow::
     match command {
         ClusterCommand::Init { name, store } => {
             let host: Host =
-                context.client.post("/v1/cluster", &json!({ "name": name, "store": store })).await?;
+                context.client.post("/v1/cluster", &ClusterInit { name: name.parse()?, store }).await?;
             context.print(&host, |host| {
                 format!("cluster {name} made; this host is {}\nnext: `whimbrel cluster token` for each further host", host.name)
             })
         }
         ClusterCommand::Token { role } => {
-            let token: Token = context.client.post("/v1/cluster/token", &json!({ "role": role })).await?;
+            let token: Token =
+                context.client.post("/v1/cluster/token", &TokenMake { role: role.parse()? }).await?;
             context.print(&token, |token| token.token.clone())
         }
     }
@@ -124,7 +124,7 @@ pub async fn run_host(context: &Context, command: HostCommand) -> anyhow::Result
         HostCommand::Drain { name, undo } => {
             let host: Host = context
                 .client
-                .post(&format!("/v1/hosts/{name}/drain"), &json!({ "draining": !undo }))
+                .post(&format!("/v1/hosts/{name}/drain"), &HostDrain { draining: !undo })
                 .await?;
             context.print(&host, describe)
         }

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use serde_json::json;
 use whimbrel_wire::ImageRef;
-use whimbrel_wire::api::{Image, ImagePublish, TaskStarted};
+use whimbrel_wire::api::{Export, Image, ImageCheck, ImagePublish, TaskStarted};
 use whimbrel_wire::size::show_bytes;
 
 use super::Context;
@@ -115,7 +114,7 @@ pub async fn run(context: &Context, command: ImageCommand) -> anyhow::Result<()>
         }
         ImageCommand::Verify { name, store, no_wait } => {
             let started: TaskStarted =
-                context.client.post(&format!("/v1/images/{name}/verify"), &json!({ "store": store })).await?;
+                context.client.post(&format!("/v1/images/{name}/verify"), &ImageCheck { store }).await?;
             wait_for(context, &started, no_wait).await
         }
         ImageCommand::Prefetch { name, wait: _, no_wait } => {
@@ -124,7 +123,7 @@ pub async fn run(context: &Context, command: ImageCommand) -> anyhow::Result<()>
             wait_for(context, &started, no_wait).await
         }
         ImageCommand::Export { name, file, format, no_wait } => {
-            let body = json!({ "file": absolute(&file)?, "format": format });
+            let body = Export { file: absolute(&file)?, format };
             let started: TaskStarted =
                 context.client.post(&format!("/v1/images/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use whimbrel_wire::api::{Task, TaskStarted, TaskState};
 use whimbrel_wire::size::show_bytes;
-use whimbrel_wire::{ErrorKind, WireError};
+use whimbrel_wire::{ErrorKind, HostId, WireError};
 
 use super::Context;
 use super::show::{Progress, fields, table};
@@ -19,16 +19,25 @@ pub enum TaskCommand {
     Show {
         /// Its number.
         id: u64,
+        /// The host that runs it, if it is another one.
+        #[arg(long)]
+        host: Option<HostId>,
     },
     /// Follow a task until it ends.
     Watch {
         /// Its number.
         id: u64,
+        /// The host that runs it, if it is another one.
+        #[arg(long)]
+        host: Option<HostId>,
     },
     /// Ask a task to stop and undo what it did.
     Cancel {
         /// Its number.
         id: u64,
+        /// The host that runs it, if it is another one.
+        #[arg(long)]
+        host: Option<HostId>,
     },
 }
 
@@ -42,16 +51,21 @@ pub async fn run(context: &Context, command: TaskCommand) -> anyhow::Result<()> 
                 table(&["ID", "KIND", "OBJECT", "STATE", "PHASE", "DONE", "OF", "WAITING FOR"], &rows)
             })
         }
-        TaskCommand::Show { id } => {
-            let task: Task = context.client.get(&format!("/v1/tasks/{id}")).await?;
+        TaskCommand::Show { id, host } => {
+            let task: Task = context.client.get(&path(id, "", host.as_ref())).await?;
             context.print(&task, describe)
         }
-        TaskCommand::Watch { id } => follow(context, id, false).await,
-        TaskCommand::Cancel { id } => {
-            let _: serde_json::Value = context.client.post(&format!("/v1/tasks/{id}/cancel"), &()).await?;
-            follow_quietly(context, id).await
+        TaskCommand::Watch { id, host } => follow(context, id, host.as_ref(), false).await,
+        TaskCommand::Cancel { id, host } => {
+            let _: Task = context.client.post(&path(id, "/cancel", host.as_ref()), &()).await?;
+            follow_quietly(context, id, host.as_ref()).await
         }
     }
+}
+
+fn path(id: u64, action: &str, host: Option<&HostId>) -> String {
+    let query = host.map(|host| format!("?host={host}")).unwrap_or_default();
+    format!("/v1/tasks/{id}{action}{query}")
 }
 
 fn name_of<T: serde::Serialize>(value: &T) -> String {
@@ -104,15 +118,19 @@ pub async fn wait_for(context: &Context, started: &TaskStarted, no_wait: bool) -
     if no_wait {
         return context.print(started, |started| format!("task {}", started.task));
     }
-    follow(context, started.task, true).await
+    follow(context, started.task, Some(&started.host), true).await
 }
 
-async fn follow(context: &Context, id: u64, cancel_on_interrupt: bool) -> anyhow::Result<()> {
+async fn follow(
+    context: &Context,
+    id: u64,
+    host: Option<&HostId>,
+    cancel_on_interrupt: bool,
+) -> anyhow::Result<()> {
     let mut progress = Progress::default();
     let mut interrupted = false;
-    let path = format!("/v1/tasks/{id}");
     let task = loop {
-        let task: Task = context.client.get(&path).await?;
+        let task: Task = context.client.get(&path(id, "", host)).await?;
         if task.state.is_final() {
             break task;
         }
@@ -126,7 +144,7 @@ async fn follow(context: &Context, id: u64, cancel_on_interrupt: bool) -> anyhow
                 }
                 interrupted = true;
                 eprintln!("cancelling task {id} (interrupt again to leave it to itself)");
-                let _: serde_json::Value = context.client.post(&format!("{path}/cancel"), &()).await?;
+                let _: Task = context.client.post(&path(id, "/cancel", host), &()).await?;
             }
         }
     };
@@ -134,9 +152,9 @@ async fn follow(context: &Context, id: u64, cancel_on_interrupt: bool) -> anyhow
     end(context, task)
 }
 
-async fn follow_quietly(context: &Context, id: u64) -> anyhow::Result<()> {
+async fn follow_quietly(context: &Context, id: u64, host: Option<&HostId>) -> anyhow::Result<()> {
     loop {
-        let task: Task = context.client.get(&format!("/v1/tasks/{id}")).await?;
+        let task: Task = context.client.get(&path(id, "", host)).await?;
         if task.state.is_final() {
             return context.print(&task, describe);
         }

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum};
-use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use whimbrel_wire::api::{DiskMove, PostCopy, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRun};
+use whimbrel_wire::api::{
+    DiskMove, PostCopy, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop,
+};
 use whimbrel_wire::meta::{Mode, NetSpec, VmSpec};
 use whimbrel_wire::size::{parse_bytes, parse_ms, parse_rate_bytes_s, show_bytes};
 use whimbrel_wire::{ErrorKind, HostId, Name, WireError};
@@ -208,7 +209,7 @@ pub async fn run(context: &Context, command: VmCommand) -> anyhow::Result<()> {
         }
         VmCommand::Console { name } => console(context, &name).await,
         VmCommand::Stop { name, force } => {
-            let vm: Vm = client.post(&format!("/v1/vms/{name}/stop"), &json!({ "force": force })).await?;
+            let vm: Vm = client.post(&format!("/v1/vms/{name}/stop"), &VmStop { force }).await?;
             context.print(&vm, |vm| format!("{} stopped", vm.name))
         }
         VmCommand::Migrate(args) => {
@@ -218,7 +219,7 @@ pub async fn run(context: &Context, command: VmCommand) -> anyhow::Result<()> {
             wait_for(context, &started, no_wait).await
         }
         VmCommand::Recover { name, on, fenced } => {
-            let body = json!({ "on": on, "fenced": fenced });
+            let body = VmRecover { on, fenced };
             let vm: Vm = client.post(&format!("/v1/vms/{name}/recover"), &body).await?;
             context.print(&vm, describe)
         }

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use serde_json::json;
-use whimbrel_wire::api::{TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate};
+use whimbrel_wire::api::{
+    Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
+};
 use whimbrel_wire::size::{parse_bytes, show_bytes};
 use whimbrel_wire::{ImageRef, Name};
 
@@ -124,12 +125,12 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             .into())
         }
         VolumeCommand::Import { name, file, format, no_wait } => {
-            let body = json!({ "name": name, "file": absolute(&file)?, "format": format });
+            let body = VolumeImport { name, file: absolute(&file)?, format };
             let started: TaskStarted = client.post("/v1/volumes/import", &body).await?;
             wait_for(context, &started, no_wait).await
         }
         VolumeCommand::Export { name, file, format, no_wait } => {
-            let body = json!({ "file": absolute(&file)?, "format": format });
+            let body = Export { file: absolute(&file)?, format };
             let started: TaskStarted = client.post(&format!("/v1/volumes/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await
         }

@@ -230,3 +230,26 @@ mod test {
         assert!("jump".parse::<Step>().is_err());
     }
 }
+
+/// Opens a data stream of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataOpen {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The volume, for `migrate.layer`.
+    #[serde(default)]
+    pub volume: Option<Name>,
+}
+
+/// What ends the copy, on `migrate.state`: said by the source when everything else has been sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateHead {
+    /// Bytes of device state that follow; 0 in mode B, where it was in QEMU's stream.
+    pub state_bytes: u64,
+    /// BLAKE3 of those bytes, hex.
+    pub state_hash: String,
+    /// Outstanding I/O that was cancelled and is to be reissued: requests per volume. Guests of QEMU older than
+    /// 11 are drained instead, so that there is none.
+    #[serde(default)]
+    pub reissue: Vec<(Name, u64)>,
+}

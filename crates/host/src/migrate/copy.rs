@@ -1,0 +1,313 @@
+//! The copy: rounds of memory and disk while the guest runs, and what is left when it stands still.
+//!
+//! ```text
+//!   attach tracker ─► round 1: every page ─► scan ─► decide ─┬─ go on ─► round n ─► scan ─► …
+//!        layers: ship what is new beside every round         └─ fits: say so, keep rounds short until the pause
+//!   paused: last scan ─► last round ─► layers' ends ─► device state ─► what saving it wrote
+//! ```
+//!
+//! Invariants
+//! * A page is sent after it was armed again: what the guest writes during the send is in the next set.
+//! * Pages that disk servers write for the guest are in the set too ([`SharedDirty`]).
+//! * After the last scan the guest stands still and no disk is served, so nothing changes any more but what QEMU
+//!   itself writes while it saves its devices: a scan after the save catches that.
+//!
+//! Not here: when the pause begins (`engine::memory::precopy` advises, `engine::migrate::handover` orders).
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
+use whimbrel_wire::Name;
+use whimbrel_wire::record::layer::ShipPosition;
+
+use super::data;
+use crate::disk::{Layer, ShipEnd};
+use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::export::WriteTracker;
+use crate::guest::dirty::Tracker;
+use crate::guest::inject;
+use crate::guest::precheck::{MovedBy, RamBlock, Report};
+use crate::link::PeerStream;
+use crate::memory::source::{RoundReport, Source, SourceOptions};
+use crate::memory::{PageBitmap, Progress, RamFile, SharedDirty};
+use crate::task::TaskHandle;
+use crate::vm::LocalVm;
+
+/// Bytes of a layer sent in one piece.
+const CHUNK_BYTES: usize = 4 << 20;
+/// A layer is caught up in at most so many passes per round; the rest is the next round's.
+const CATCH_UP_PASSES: u32 = 8;
+/// Rounds shorter than this are spaced out: an idle guest needs no rounds back to back.
+const ROUND_MIN: Duration = Duration::from_millis(20);
+
+/// The target's RAM files, in the order in which the source offers them.
+pub fn target_blocks(vm: &LocalVm) -> Result<Vec<RamFile>> {
+    Ok(vec![RamFile::open_target(crate::guest::launch::RAM_ID, &vm.ram_path)?])
+}
+
+/// One RAM block under copy.
+struct Block {
+    tracker: Tracker,
+    by_disks: Arc<SharedDirty>,
+    dirty: PageBitmap,
+    before: PageBitmap,
+}
+
+/// Memory under copy (mode A).
+pub struct MemoryCopy {
+    blocks: Vec<Block>,
+    source: Source<PeerStream>,
+}
+
+/// A layer under copy.
+pub struct LayerCopy {
+    /// Its volume.
+    pub volume: Name,
+    layer: Arc<Layer>,
+    stream: PeerStream,
+    position: ShipPosition,
+    end: Option<ShipEnd>,
+}
+
+impl MemoryCopy {
+    /// Starts to track the guest's writes and offers its RAM to the target.
+    pub async fn begin(
+        vm: &LocalVm,
+        report: &Report,
+        stream: PeerStream,
+        options: SourceOptions,
+        progress: Progress,
+    ) -> Result<Self> {
+        let ours: Vec<&RamBlock> = report.ram.iter().filter(|block| block.moved_by == MovedBy::Us).collect();
+        let injected = inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?;
+        tracing::debug!(vm = %vm.name, stopped_us = injected.stopped.as_micros(), "userfaultfd made inside QEMU");
+        let [block] = ours.as_slice() else {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("track the memory of vm {}: {} RAM blocks, not one", vm.name, ours.len()),
+            ));
+        };
+        let path = block
+            .path
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "track a RAM block without a file"))?;
+        let file = File::open(path).with_context(|| format!("open RAM file {}", path.display()))?;
+        let meta = file.metadata().context("look at the RAM file")?;
+        let pages = block.size_bytes.div_ceil(crate::memory::PAGE_BYTES as u64);
+        let by_disks = Arc::new(SharedDirty::new(pages));
+        for disk in &vm.disks {
+            let tracker =
+                WriteTracker { device: meta.dev(), inode: meta.ino(), dirty: Arc::clone(&by_disks) };
+            disk.track_writes(Some(tracker));
+        }
+        let tracker = Tracker::attach(vm.process.pid(), injected.uffd, &file, &block.mappings)?;
+        let ram = RamFile::open_source(block.name.clone(), path)?;
+        let source = Source::open(stream, vec![ram], options, progress).await?;
+        let block =
+            Block { tracker, by_disks, dirty: PageBitmap::new(pages), before: PageBitmap::new(pages) };
+        Ok(Self { blocks: vec![block], source })
+    }
+
+    /// Adds what was written since the last scan; pages, and those of them that were in the set before, too.
+    fn scan(&mut self) -> Result<(u64, u64)> {
+        let (mut dirty, mut hot) = (0, 0);
+        for block in &mut self.blocks {
+            block.tracker.scan(&mut block.dirty)?;
+            block.by_disks.drain_into(&mut block.dirty);
+            dirty += block.dirty.count();
+            let mut both = block.dirty.clone();
+            both.intersect(&block.before);
+            hot += both.count();
+        }
+        Ok((dirty, hot))
+    }
+
+    /// Sends what is dirty, except (if `withhold`) what was dirty the round before, too.
+    async fn round(&mut self, withhold: bool, last: bool) -> Result<RoundReport> {
+        let mut sets = Vec::with_capacity(self.blocks.len());
+        for block in &mut self.blocks {
+            let mut set = block.dirty.take();
+            let all = set.clone();
+            if withhold {
+                let mut hot = set.clone();
+                hot.intersect(&block.before);
+                set.subtract(&hot);
+                block.dirty = hot;
+            }
+            block.before = all;
+            sets.push(set);
+        }
+        self.source.send_round(&sets, last).await
+    }
+
+    /// The last round: the guest stands still.
+    pub async fn last_round(&mut self) -> Result<RoundReport> {
+        self.scan()?;
+        self.round(false, true).await
+    }
+
+    /// Compares the hashes of all RAM at both ends.
+    pub async fn compare(&mut self) -> Result<String> {
+        Ok(self.source.compare_digests().await?.to_hex().to_string())
+    }
+
+    /// Stops tracking, whatever state the stream is in.
+    pub fn abandon(self) {
+        for block in self.blocks {
+            if let Err(error) = block.tracker.detach() {
+                tracing::warn!(%error, "write tracking was not undone");
+            }
+        }
+    }
+}
+
+impl LayerCopy {
+    /// A layer whose stream is open.
+    pub fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream) -> Self {
+        let position = layer.ship_from();
+        Self { volume, layer, stream, position, end: None }
+    }
+
+    /// Bytes that the target lacks.
+    fn left_bytes(&self) -> u64 {
+        self.layer.ship_left_bytes(&self.position)
+    }
+
+    /// Sends what was written since.
+    async fn catch_up(&mut self) -> Result<u64> {
+        let mut sent = 0;
+        for _ in 0..CATCH_UP_PASSES {
+            let (layer, from) = (Arc::clone(&self.layer), self.position);
+            let read = tokio::task::spawn_blocking(move || layer.read_ship(&from, CHUNK_BYTES)).await;
+            let (chunk, next) =
+                read.map_err(|error| Error::with_source(ErrorKind::Internal, "read a layer", error))??;
+            if chunk.is_empty() {
+                break;
+            }
+            data::write_piece(&mut self.stream, &chunk).await?;
+            sent += chunk.len() as u64;
+            self.position = next;
+        }
+        Ok(sent)
+    }
+
+    /// The guest stands still: sends the rest and waits until the target has all of it, durably.
+    pub async fn finish(&mut self) -> Result<u64> {
+        let layer = Arc::clone(&self.layer);
+        let end = tokio::task::spawn_blocking(move || layer.ship_end()).await;
+        let end = end.map_err(|error| Error::with_source(ErrorKind::Internal, "flush a layer", error))??;
+        self.end = Some(end);
+        let mut sent = 0;
+        while !end.reached(&self.position) {
+            let some = self.catch_up().await?;
+            if some == 0 && !end.reached(&self.position) {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    format!("ship volume {}: its log ends early", self.volume),
+                ));
+            }
+            sent += some;
+        }
+        data::write_piece(&mut self.stream, &[]).await?;
+        data::write_json(&mut self.stream, &end.seal(self.position)).await?;
+        data::read_result(&mut self.stream).await.with_context(|| format!("ship volume {}", self.volume))?;
+        Ok(sent)
+    }
+}
+
+/// Everything under copy.
+pub struct Copying {
+    /// Memory, in mode A.
+    pub memory: Option<MemoryCopy>,
+    /// Layers.
+    pub layers: Vec<LayerCopy>,
+    /// Judges every round.
+    pub precopy: Precopy,
+}
+
+/// What a round of everything led to.
+pub enum After {
+    /// Not yet.
+    GoOn {
+        /// Leave for the last round what is dirty every time.
+        withhold_hot: bool,
+    },
+    /// The rest fits the downtime limit.
+    Fits,
+}
+
+impl Copying {
+    /// One round of memory and layers (mode A).
+    pub async fn round(
+        &mut self,
+        withhold: &mut bool,
+        task: &TaskHandle,
+        progress: &Progress,
+        layer_bytes: &mut u64,
+    ) -> Result<After> {
+        let started = Instant::now();
+        let Some(memory) = &mut self.memory else {
+            return Err(Error::new(ErrorKind::Internal, "copy memory: there is none under copy"));
+        };
+        if progress.get().round == 0 {
+            memory.scan()?;
+        }
+        let report = memory.round(*withhold, false).await?;
+        for layer in &mut self.layers {
+            *layer_bytes += layer.catch_up().await?;
+        }
+        if let Some(rest) = ROUND_MIN.checked_sub(started.elapsed()) {
+            tokio::time::sleep(rest).await;
+        }
+        let (dirty, hot) = memory.scan()?;
+        let after = self.judge(report.to_engine(dirty, hot, 0), task, progress)?;
+        *withhold = matches!(after, After::GoOn { withhold_hot: true });
+        Ok(after)
+    }
+
+    /// Asks the engine what to do after a round; the disks' tails are filled in here.
+    pub fn judge(&mut self, round: Round, task: &TaskHandle, progress: &Progress) -> Result<After> {
+        let disk_tail_bytes = self.layers.iter().map(LayerCopy::left_bytes).sum();
+        let round = Round { disk_tail_bytes, ..round };
+        let decision = self.precopy.after_round(&round);
+        progress.update(|figures| figures.dirty_bytes_s = self.precopy.dirty_bytes_s());
+        #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+        {
+            task.figure("rounds", f64::from(self.precopy.rounds()));
+            task.figure("dirty_bytes", (round.dirty_pages * crate::memory::PAGE_BYTES as u64) as f64);
+        }
+        match decision {
+            Decision::Continue { withhold_hot } => Ok(After::GoOn { withhold_hot }),
+            Decision::Pause { estimate_ms, .. } => {
+                tracing::debug!(estimate_ms, dirty = round.dirty_pages, disk_tail_bytes, "the rest fits");
+                Ok(After::Fits)
+            }
+            Decision::NotConverging(stuck) => {
+                Err(Error::new(ErrorKind::TimedOut, format!("copy memory: {stuck}"))
+                    .hint("raise --downtime-limit or --bandwidth, or quiet the guest"))
+            }
+        }
+    }
+
+    /// One pass over the layers (mode B, where QEMU copies the memory).
+    pub async fn layers_pass(&mut self) -> Result<u64> {
+        let mut sent = 0;
+        for layer in &mut self.layers {
+            sent += layer.catch_up().await?;
+        }
+        Ok(sent)
+    }
+
+    /// Undoes what the copy did to the VM.
+    pub fn abandon(self, vm: &LocalVm) {
+        for disk in &vm.disks {
+            disk.track_writes(None);
+        }
+        if let Some(memory) = self.memory {
+            memory.abandon();
+        }
+    }
+}

@@ -1,0 +1,495 @@
+//! The source's part of a move: copy, pause, send the rest, let the guest go on or give it up.
+//!
+//! ```text
+//!   Copy: a loop of rounds ── fits ─► (the machine asks the store) ─► Pause ends the loop
+//!   ListIo: disks fenced      LastRound: memory, layers      DeviceState: saved, sent, re-scanned
+//!   ResumeHere: everything above undone                      Release: QEMU ended, RAM and layers dropped
+//! ```
+//!
+//! Invariants
+//! * Only `Release` gives anything up. `ResumeHere` works from any point, also after a restart of the agent.
+//! * While the guest stands still, nothing waits that could have been opened before: all streams stand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt as _;
+use tokio::sync::Notify;
+use whimbrel_engine::memory::precopy::{Policy, Precopy};
+use whimbrel_engine::migrate::handover::{
+    Event, Offer, Outcome, Source, SourceWork, Step, ToSource, ToTarget,
+};
+use whimbrel_wire::api::{DiskMove, VmMigrate};
+use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
+use whimbrel_wire::{ErrorKind, Name};
+
+use super::copy::{After, Copying, LayerCopy, MemoryCopy};
+use super::data::{self, service};
+use super::driver::{self, Events, Hands, WorkFailed};
+use super::{Shared, control};
+use crate::error::{Context as _, Error, Result};
+use crate::guest::device_state;
+use crate::link::PeerStream;
+use crate::memory::source::SourceOptions;
+use crate::memory::stream::{self, StreamOptions};
+use crate::memory::{Limiter, Progress};
+use crate::records;
+use crate::task::TaskHandle;
+use crate::vm::{Busy, LocalVm};
+
+/// Limit for opening a stream to the target.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a running disk request has to end when the guest is paused.
+const FENCE_LIMIT: Duration = Duration::from_secs(4);
+/// After a round that fits, so long is waited for the order to pause before the next round.
+const ORDER_WAIT: Duration = Duration::from_millis(100);
+/// How long QEMU has to hold before the switch-over once the guest stands still (mode B).
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+/// How long QEMU has to send the rest and the device state (mode B).
+const FINISH_LIMIT: Duration = Duration::from_secs(15);
+
+/// See the module's charter.
+pub struct SourceSide {
+    shared: Arc<Shared>,
+    offer: Offer,
+    downtime_limit_ms: u64,
+    limiter: Arc<Limiter>,
+    control: control::Sender,
+    events: Events<Source>,
+    task: TaskHandle,
+    progress: Progress,
+    vm: Mutex<Option<Arc<LocalVm>>>,
+    /// Held by the loop of rounds, then by what follows the pause.
+    copying: tokio::sync::Mutex<Option<Copying>>,
+    state_stream: tokio::sync::Mutex<Option<PeerStream>>,
+    qemu_stream: tokio::sync::Mutex<Option<stream::Source>>,
+    stop_copy: AtomicBool,
+    order: Notify,
+    paused_at: Mutex<Option<Instant>>,
+    layer_bytes: AtomicU64,
+}
+
+impl SourceSide {
+    /// Begins a move.
+    pub(super) fn start(
+        shared: &Arc<Shared>,
+        vm: Arc<LocalVm>,
+        busy: Busy,
+        offer: Offer,
+        request: &VmMigrate,
+        task: TaskHandle,
+    ) {
+        let limit_ms = request.downtime_limit_ms.unwrap_or(super::DOWNTIME_LIMIT_MS);
+        let machine = Source::new(offer, crate::clock::now());
+        Self::begin(shared, machine, Some(vm), Some(busy), limit_ms, request.bandwidth_bytes_s, task);
+    }
+
+    /// Goes on after a restart of the agent.
+    pub(super) async fn take_up(shared: &Arc<Shared>, machine: Source) -> Result<()> {
+        let name = machine.offer().vm.clone();
+        let vm = match shared.vms.local_record(&name)? {
+            Some(local) => shared.vms.reattach(&local, local.epoch, false).await?,
+            None => None,
+        };
+        let busy = vm.as_ref().map(|vm| vm.busy("take up a move")).transpose()?;
+        let task = super::task_for(shared, &name);
+        Self::begin(shared, machine, vm, busy, super::DOWNTIME_LIMIT_MS, None, task);
+        Ok(())
+    }
+
+    fn begin(
+        shared: &Arc<Shared>,
+        machine: Source,
+        vm: Option<Arc<LocalVm>>,
+        busy: Option<Busy>,
+        downtime_limit_ms: u64,
+        bandwidth_bytes_s: Option<u64>,
+        task: TaskHandle,
+    ) {
+        let (events, queue) = driver::queue::<Source>();
+        let side = Arc::new(Self {
+            shared: Arc::clone(shared),
+            offer: machine.offer().clone(),
+            downtime_limit_ms,
+            limiter: Arc::new(Limiter::new(bandwidth_bytes_s)),
+            control: control::Sender::default(),
+            events: events.clone(),
+            task,
+            progress: Progress::default(),
+            vm: Mutex::new(vm),
+            copying: tokio::sync::Mutex::default(),
+            state_stream: tokio::sync::Mutex::default(),
+            qemu_stream: tokio::sync::Mutex::default(),
+            stop_copy: AtomicBool::new(false),
+            order: Notify::new(),
+            paused_at: Mutex::default(),
+            layer_bytes: AtomicU64::new(0),
+        });
+        tokio::spawn(async move {
+            let (meta, journal) = (Arc::clone(&side.shared.meta), side.shared.journal.clone());
+            let helpers = [
+                tokio::spawn(Arc::clone(&side).keep_control()),
+                tokio::spawn(Arc::clone(&side).hear_cancel()),
+                tokio::spawn(Arc::clone(&side).show_progress()),
+                tokio::spawn(Arc::clone(&side).watch_qemu()),
+            ];
+            let outcome = driver::run(machine, Arc::clone(&side), (events, queue), meta, journal).await;
+            for helper in helpers {
+                helper.abort();
+            }
+            side.finish(&outcome, busy).await;
+        });
+    }
+
+    async fn keep_control(self: Arc<Self>) {
+        let (inbox, mut messages) = tokio::sync::mpsc::channel::<Control<ToSource>>(control::IN_MAX);
+        let (links, target, attempt) =
+            (self.shared.links.clone(), self.offer.target.clone(), self.offer.attempt);
+        let keep = control::keep(links, target, attempt, self.control.clone(), inbox);
+        let take = async {
+            while let Some(message) = messages.recv().await {
+                if message.attempt == attempt {
+                    let _ = self.events.send(Event::Peer(message.message)).await;
+                }
+            }
+        };
+        tokio::join!(keep, take);
+    }
+
+    async fn hear_cancel(self: Arc<Self>) {
+        let mut cancelled = self.task.cancelled();
+        if cancelled.wait_for(|cancelled| *cancelled).await.is_ok() {
+            let _ = self.events.send(Event::Cancel).await;
+        }
+    }
+
+    async fn watch_qemu(self: Arc<Self>) {
+        let Some(vm) = self.vm.lock().clone() else { return };
+        if vm.process.exited().await.is_ok() {
+            let error = Error::new(ErrorKind::Unavailable, format!("move vm {}: its QEMU ended", vm.name));
+            let _ = self.events.send(Event::Broken(error.to_wire())).await;
+        }
+    }
+
+    async fn show_progress(self: Arc<Self>) {
+        loop {
+            self.report();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    fn report(&self) {
+        let figures = self.progress.get();
+        let layers = self.layer_bytes.load(Ordering::Relaxed);
+        let left = figures.left_pages * crate::memory::PAGE_BYTES as u64;
+        let done = figures.total_bytes.saturating_sub(left);
+        self.task.progress(done, figures.total_bytes);
+        self.task.wire_bytes(figures.wire_bytes + layers);
+        #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+        for (name, value) in [
+            ("data_pages", figures.data_pages),
+            ("zero_pages", figures.zero_pages),
+            ("memory_wire_bytes", figures.wire_bytes),
+            ("layer_wire_bytes", layers),
+            ("packed_raw_bytes", figures.packed_raw_bytes),
+            ("packed_wire_bytes", figures.packed_wire_bytes),
+            ("link_bytes_s", figures.link_bytes_s),
+            ("dirty_bytes_s", figures.dirty_bytes_s),
+        ] {
+            self.task.figure(name, value as f64);
+        }
+    }
+
+    async fn finish(&self, outcome: &Outcome, busy: Option<Busy>) {
+        tracing::info!(vm = %self.offer.vm, attempt = %self.offer.attempt, ?outcome, "move ended at the source");
+        self.report();
+        drop(busy);
+        let vm = self.vm.lock().take();
+        if let Some(vm) = vm
+            && !matches!(outcome, Outcome::Moved | Outcome::Lost(_))
+        {
+            self.shared.vms.watch(&vm);
+        }
+        self.task.end(&super::result_of(outcome, &self.offer.vm));
+    }
+
+    fn vm(&self) -> Result<Arc<LocalVm>> {
+        self.vm.lock().clone().ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, format!("reach QEMU of vm {}: it has ended", self.offer.vm))
+        })
+    }
+
+    async fn open(&self, service: &str, volume: Option<&Name>) -> Result<PeerStream> {
+        let open = DataOpen { attempt: self.offer.attempt, volume: volume.cloned() };
+        self.shared.links.stream(&self.offer.target, service, &open, OPEN_LIMIT).await
+    }
+
+    /// Opens all streams and starts to follow the guest's writes.
+    async fn begin_copy(&self) -> Result<Copying> {
+        let vm = self.vm()?;
+        let mut layers = Vec::new();
+        if self.offer.disk == DiskMove::Copy {
+            for name in &self.offer.spec.volumes {
+                let record = self.volume(name).await?;
+                let layer = self.shared.vms.volumes().open(&record).await?;
+                let stream = self.open(service::LAYER, Some(name)).await?;
+                layers.push(LayerCopy::new(name.clone(), layer, stream));
+            }
+        }
+        *self.state_stream.lock().await = Some(self.open(service::STATE, None).await?);
+        let memory = match self.offer.mode {
+            Mode::A => {
+                let report = self.shared.vms.precheck(&vm).await?;
+                let options =
+                    SourceOptions { limiter: Arc::clone(&self.limiter), ..SourceOptions::default() };
+                let stream = self.open(service::MEMORY, None).await?;
+                Some(MemoryCopy::begin(&vm, &report, stream, options, self.progress.clone()).await?)
+            }
+            Mode::B => {
+                let wire = self.open(service::QEMU, None).await?;
+                let options = StreamOptions::new(self.downtime_limit_ms, Arc::clone(&self.limiter));
+                let source =
+                    stream::Source::start(vm.qmp().await?, wire, &options, self.progress.clone()).await?;
+                *self.qemu_stream.lock().await = Some(source);
+                None
+            }
+        };
+        let precopy = Precopy::new(Policy::new(self.downtime_limit_ms));
+        Ok(Copying { memory, layers, precopy })
+    }
+
+    async fn volume(&self, name: &Name) -> Result<VolumeRecord> {
+        let what = format!("volume {name}");
+        Ok(records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(name), &what).await?.value)
+    }
+
+    /// The loop of rounds; ends when the guest is about to be paused.
+    async fn copy(&self) -> Result<()> {
+        let mut guard = self.copying.lock().await;
+        if guard.is_none() {
+            *guard = Some(self.begin_copy().await?);
+        }
+        let Some(copying) = guard.as_mut() else { return Ok(()) };
+        let mut withhold = false;
+        let mut layer_bytes = 0;
+        while !self.stop_copy.load(Ordering::Acquire) {
+            let after = match self.offer.mode {
+                Mode::A => copying.round(&mut withhold, &self.task, &self.progress, &mut layer_bytes).await?,
+                Mode::B => self.qemu_round(copying, &mut layer_bytes).await?,
+            };
+            self.layer_bytes.store(layer_bytes, Ordering::Relaxed);
+            if matches!(after, After::Fits) {
+                let _ = self.events.send(Event::Done(SourceWork::Copy)).await;
+                let _ = tokio::time::timeout(ORDER_WAIT, self.order.notified()).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn qemu_round(&self, copying: &mut Copying, layer_bytes: &mut u64) -> Result<After> {
+        *layer_bytes += copying.layers_pass().await?;
+        let step = {
+            let mut guard = self.qemu_stream.lock().await;
+            let source =
+                guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "copy: no stream of QEMU"))?;
+            tokio::select! {
+                step = source.next_round() => step?,
+                // The order to pause, or to undo, must not wait for a round of QEMU's.
+                () = self.order.notified() => return Ok(After::GoOn { withhold_hot: false }),
+            }
+        };
+        match step {
+            stream::Step::Paused => Ok(After::Fits),
+            stream::Step::Round(round) => copying.judge(round, &self.task, &self.progress),
+        }
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.stop_copy.store(true, Ordering::Release);
+        self.order.notify_one();
+        // The loop gives the copy back before the guest is stopped, so that its last round does not count.
+        let _copying = self.copying.lock().await;
+        let vm = self.vm()?;
+        *self.paused_at.lock() = Some(Instant::now());
+        match self.offer.mode {
+            Mode::A => vm.qmp().await?.stop().await,
+            Mode::B => {
+                let mut guard = self.qemu_stream.lock().await;
+                let source = guard
+                    .as_mut()
+                    .ok_or_else(|| Error::new(ErrorKind::Internal, "pause: no stream of QEMU"))?;
+                source.pause(PAUSE_LIMIT).await
+            }
+        }
+    }
+
+    /// QEMU before 11 finishes outstanding I/O when it stops a guest, so the list is empty; what is left is to make
+    /// sure that nothing reaches the disks any more.
+    async fn list_io(&self) -> Result<()> {
+        let vm = self.vm()?;
+        for disk in &vm.disks {
+            let slot = disk.slot.clone();
+            let fenced = tokio::task::spawn_blocking(move || slot.fence(FENCE_LIMIT)).await;
+            fenced
+                .map_err(|error| Error::with_source(ErrorKind::Internal, "fence a disk", error))?
+                .with_context(|| format!("fence volume {}", disk.volume))?;
+        }
+        Ok(())
+    }
+
+    async fn last_round(&self) -> Result<()> {
+        let mut guard = self.copying.lock().await;
+        let copying =
+            guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send the last round: no copy"))?;
+        let Copying { memory, layers, .. } = copying;
+        let memory = async {
+            match memory {
+                Some(memory) => memory.last_round().await.map(drop),
+                None => Ok(()),
+            }
+        };
+        let layers = async {
+            for layer in layers {
+                let sent = layer.finish().await?;
+                self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let (memory, layers): (Result<()>, Result<()>) = tokio::join!(memory, layers);
+        memory.and(layers)
+    }
+
+    async fn device_state(&self) -> Result<()> {
+        let vm = self.vm()?;
+        let mut guard = self.copying.lock().await;
+        let copying =
+            guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: no copy"))?;
+        let mut state = Vec::new();
+        let mut head = StateHead::default();
+        match self.offer.mode {
+            Mode::A => {
+                state = device_state::save(&vm.qmp().await?).await?;
+                // Some devices write to RAM while they are saved.
+                if let Some(memory) = &mut copying.memory {
+                    memory.last_round().await?;
+                    if self.offer.verify {
+                        let hash = memory.compare().await?;
+                        tracing::info!(vm = %vm.name, hash, "RAM is the same at both ends");
+                        self.task.figure("ram_verified", 1.0);
+                    }
+                }
+            }
+            Mode::B => {
+                let mut guard = self.qemu_stream.lock().await;
+                let source = guard
+                    .as_mut()
+                    .ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: no stream"))?;
+                source.finish(FINISH_LIMIT).await?;
+            }
+        }
+        head.state_bytes = state.len() as u64;
+        head.state_hash = blake3::hash(&state).to_hex().to_string();
+        let mut guard = self.state_stream.lock().await;
+        let stream =
+            guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: no stream"))?;
+        data::write_json(stream, &head).await?;
+        stream.write_all(&state).await.context("send device state")?;
+        stream.flush().await.context("send device state")?;
+        data::read_result(stream).await.context("send device state")
+    }
+
+    async fn resume_here(&self) -> Result<()> {
+        self.stop_copy.store(true, Ordering::Release);
+        self.order.notify_one();
+        let vm = self.vm()?;
+        let qemu = self.qemu_stream.lock().await.take();
+        if let Some(source) = qemu {
+            if let Err(error) = source.cancel().await {
+                tracing::warn!(vm = %vm.name, %error, "QEMU's migration was not cancelled cleanly");
+            }
+        }
+        // Streams that are dropped end the copy at both ends.
+        self.state_stream.lock().await.take();
+        let copying = self.copying.lock().await.take();
+        match copying {
+            Some(copying) => copying.abandon(&vm),
+            None => self.shared.vms.forget_tracking(&vm),
+        }
+        let record =
+            records::must::<VmRecord>(&*self.shared.meta, &key::vm(&vm.name), &format!("vm {}", vm.name))
+                .await;
+        if let Ok(record) = record {
+            // Handed back, the right is newer than the one it ran under.
+            vm.set_epoch(record.value.right.epoch);
+        }
+        vm.serve_disks(self.shared.vms.volumes()).await?;
+        let qmp = vm.qmp().await?;
+        if qmp.run_state().await? != "running" {
+            qmp.cont().await?;
+        }
+        if let Some(at) = self.paused_at.lock().take() {
+            tracing::info!(vm = %vm.name, paused_ms = at.elapsed().as_millis(), "guest goes on at the source");
+        }
+        Ok(())
+    }
+
+    async fn release(&self) -> Result<()> {
+        self.state_stream.lock().await.take();
+        self.qemu_stream.lock().await.take();
+        let copying = self.copying.lock().await.take();
+        let vm = self.vm.lock().take();
+        if let Some(vm) = vm {
+            if let Some(copying) = copying {
+                copying.abandon(&vm);
+            }
+            self.shared.vms.forget(&vm).await;
+        }
+        for name in &self.offer.spec.volumes {
+            // A record that cannot be read now leaves a copy behind, never removes one.
+            if let Ok(record) = self.volume(name).await {
+                self.shared.vms.volumes().drop_copy(&record);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pause as far as this side sees it: until the target says that the guest runs.
+    fn note_downtime(&self, message: &Step) {
+        if *message == Step::Announce
+            && let Some(at) = *self.paused_at.lock()
+        {
+            self.task.downtime_ms(at.elapsed().as_secs_f64() * 1000.0);
+        }
+    }
+}
+
+impl Hands<Source> for SourceSide {
+    async fn work(self: Arc<Self>, work: SourceWork) -> Result<(), WorkFailed> {
+        let result = match work {
+            SourceWork::Copy => self.copy().await,
+            SourceWork::Pause => self.pause().await,
+            SourceWork::ListIo => self.list_io().await,
+            SourceWork::LastRound => self.last_round().await,
+            SourceWork::DeviceState => self.device_state().await,
+            SourceWork::ResumeHere => self.resume_here().await,
+            SourceWork::Release => self.release().await,
+        };
+        Ok(result?)
+    }
+
+    fn send(&self, message: ToTarget) {
+        self.control.send(self.offer.attempt, message);
+    }
+
+    fn enter(&self, step: Step) {
+        self.task.phase(step.as_str());
+        self.note_downtime(&step);
+    }
+
+    fn waiting_for(&self, what: Option<String>) {
+        self.task.waiting_for(what);
+    }
+}

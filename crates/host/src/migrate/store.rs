@@ -1,0 +1,67 @@
+//! The handover's reads and transactions, against the metadata store.
+//!
+//! Invariant: a transaction whose outcome is not known is reported as unknown, never as failed; the machine reads
+//! back. The host never repeats one by itself.
+
+use serde::Serialize;
+use whimbrel_engine::migrate::handover::{Cas, CasResult, Seen};
+use whimbrel_wire::Name;
+use whimbrel_wire::meta::{VmRecord, VolumeRecord, key};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::{Committed, Compare, MetaStore, Op};
+use crate::records;
+
+/// The VM's record and its volumes'.
+pub async fn read(meta: &dyn MetaStore, vm: &Name) -> Result<Seen> {
+    let Some(record) = records::get::<VmRecord>(meta, &key::vm(vm)).await? else {
+        return Ok(Seen::default());
+    };
+    let mut volumes = Vec::with_capacity(record.value.spec.volumes.len());
+    for name in &record.value.spec.volumes {
+        let volume =
+            records::must::<VolumeRecord>(meta, &key::volume(name), &format!("volume {name} of vm {vm}"))
+                .await?;
+        volumes.push((volume.value, volume.mod_rev));
+    }
+    Ok(Seen { vm: Some((record.value, record.mod_rev)), volumes })
+}
+
+/// Makes the change if no record has changed since it was read.
+pub async fn cas(meta: &dyn MetaStore, cas: &Cas) -> CasResult {
+    let (compare, ops) = match encode(cas) {
+        Ok(parts) => parts,
+        Err(error) => return CasResult::Unknown(error.to_wire()),
+    };
+    match meta.txn(compare, ops).await {
+        Ok(Committed::Yes(rev)) => CasResult::Yes(rev),
+        Ok(Committed::Conflict) => CasResult::Conflict,
+        // Also an error that came before anything was sent: reading back costs little and cannot be wrong.
+        Err(error) => CasResult::Unknown(error.to_wire()),
+    }
+}
+
+fn encode(cas: &Cas) -> Result<(Vec<Compare>, Vec<Op>)> {
+    let mut compare = Vec::with_capacity(1 + cas.volumes.len());
+    let mut ops = Vec::with_capacity(1 + cas.volumes.len());
+    let (vm, rev) = &cas.vm;
+    push(&mut compare, &mut ops, key::vm(&vm.name), *rev, vm)?;
+    for (volume, rev) in &cas.volumes {
+        push(&mut compare, &mut ops, key::volume(&volume.name), *rev, volume)?;
+    }
+    Ok((compare, ops))
+}
+
+fn push<T: Serialize>(
+    compare: &mut Vec<Compare>,
+    ops: &mut Vec<Op>,
+    key: String,
+    rev: u64,
+    value: &T,
+) -> Result<()> {
+    let bytes = serde_json::to_vec(value)
+        .map_err(|error| Error::with_source(ErrorKind::Internal, format!("write record {key}"), error))?;
+    compare.push(Compare::Unchanged(key.clone(), rev));
+    ops.push(Op::Put(key, bytes));
+    Ok(())
+}

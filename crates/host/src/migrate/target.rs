@@ -1,0 +1,511 @@
+//! The target's part of a move: what it checks, prepares, receives, verifies and keeps.
+//!
+//! ```text
+//!   offer ─► Negotiate ─► Prepare: QEMU waits, disks on standby ─► streams arrive ─► Verify ─► READY
+//!                                                   │ memory ─► RAM file
+//!                                                   │ layers ─► directories, durable
+//!                                                   └ state  ─► a file that is kept, and loaded into QEMU
+//!   Resume: layers opened at the new epoch, disks served, guest runs
+//! ```
+//!
+//! Invariants
+//! * Nothing of the VM is served or run here before the machine says Resume.
+//! * RAM file, device state and layers outlive this agent and the waiting QEMU: a target whose QEMU died before the
+//!   guest ran starts another one from them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use tokio::io::AsyncReadExt as _;
+use whimbrel_engine::migrate::handover::{
+    Event, Offer, Outcome, Step, Target, TargetWork, ToSource, ToTarget,
+};
+use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
+use whimbrel_wire::{AttemptId, ErrorKind, Name};
+
+use super::data::{self, service};
+use super::driver::{self, Events, Hands, WorkFailed};
+use super::{Shared, control};
+use crate::clock;
+use crate::disk::{Received, ShipSeal};
+use crate::error::{Context as _, Error, Result};
+use crate::guest::{device_state, launch};
+use crate::link::{PeerIdentity, PeerStream, Router, StreamOffer};
+use crate::memory::stream::{self, StreamOptions};
+use crate::memory::target::TargetOptions;
+use crate::memory::{Limiter, Progress};
+use crate::records;
+use crate::task::TaskHandle;
+use crate::vm::LocalVm;
+
+/// The file beside the journal that holds the device state.
+const STATE_FILE: &str = "device-state";
+/// How long QEMU may take to say that it has loaded what it was sent (mode B).
+const LOAD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// See the module's charter.
+pub struct TargetSide {
+    shared: Arc<Shared>,
+    offer: Offer,
+    control: control::Sender,
+    events: Events<Target>,
+    task: TaskHandle,
+    vm: Mutex<Option<Arc<LocalVm>>>,
+    arrived: Mutex<Arrived>,
+    /// Mode B: QEMU's stream.
+    qemu: tokio::sync::Mutex<Option<stream::Target>>,
+}
+
+/// What has come so far.
+#[derive(Default)]
+struct Arrived {
+    /// Volumes whose layer is here, durably; with the handle, unless an earlier process of this agent received it.
+    layers: HashMap<Name, Received>,
+    state: Option<StateHead>,
+    qemu_loaded: bool,
+}
+
+/// Registers the streams of moves to this host.
+pub(super) fn register(shared: &Arc<Shared>, router: Router) -> Router {
+    let control = Arc::clone(shared);
+    let router = router.stream(control::SERVICE, move |peer, attempt: AttemptId, offer| {
+        serve_control(Arc::clone(&control), peer, attempt, offer)
+    });
+    let services = [service::MEMORY, service::LAYER, service::STATE, service::QEMU];
+    services.into_iter().fold(router, |router, name| {
+        let shared = Arc::clone(shared);
+        router.stream(name, move |peer, open: DataOpen, offer| {
+            serve_data(Arc::clone(&shared), name, peer, open, offer)
+        })
+    })
+}
+
+async fn serve_control(
+    shared: Arc<Shared>,
+    peer: PeerIdentity,
+    attempt: AttemptId,
+    offer: StreamOffer,
+) -> Result<()> {
+    let stream = offer.accept().await?;
+    let known = shared.targets.lock().get(&attempt).cloned();
+    // Until there is a target, answers go through a sender of their own.
+    let sender = known.as_ref().map(|side| side.control.clone()).unwrap_or_default();
+    let (inbox, mut messages) = tokio::sync::mpsc::channel(control::IN_MAX);
+    let take = async {
+        while let Some(message) = messages.recv().await {
+            take_message(&shared, &peer, attempt, &sender, message).await;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        result = control::serve(stream, &sender, inbox) => result,
+        result = take => result,
+    }
+}
+
+async fn take_message(
+    shared: &Arc<Shared>,
+    peer: &PeerIdentity,
+    attempt: AttemptId,
+    sender: &control::Sender,
+    message: Control<ToTarget>,
+) {
+    if message.attempt != attempt {
+        return;
+    }
+    let known = shared.targets.lock().get(&attempt).cloned();
+    let side = match (known, &message.message) {
+        (Some(side), _) if side.offer.source == peer.host => side,
+        (None, ToTarget::Offer(offer))
+            if offer.attempt == attempt && offer.target == shared.host && offer.source == peer.host =>
+        {
+            TargetSide::begin(shared, Target::new((**offer).clone(), clock::now()), sender.clone())
+        }
+        _ => return sender.send(attempt, ToSource::Gone),
+    };
+    let _ = side.events.send(Event::Peer(message.message)).await;
+}
+
+async fn serve_data(
+    shared: Arc<Shared>,
+    service: &'static str,
+    peer: PeerIdentity,
+    open: DataOpen,
+    offer: StreamOffer,
+) -> Result<()> {
+    let side = shared.targets.lock().get(&open.attempt).cloned();
+    let side = side.filter(|side| side.offer.source == peer.host).ok_or_else(|| {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("receive {service}: this host knows nothing of attempt {}", open.attempt),
+        )
+    })?;
+    let stream = offer.accept().await?;
+    let result = match service {
+        service::MEMORY => side.receive_memory(stream).await,
+        service::LAYER => side.receive_layer(stream, open.volume).await,
+        service::STATE => side.receive_state(stream).await,
+        _ => side.receive_qemu(stream).await,
+    };
+    if let Err(error) = &result {
+        tracing::warn!(vm = %side.offer.vm, service, %error, "a stream of a move ended");
+    }
+    result
+}
+
+impl TargetSide {
+    /// Starts a machine.
+    fn begin(shared: &Arc<Shared>, machine: Target, control: control::Sender) -> Arc<Self> {
+        let (events, queue) = driver::queue::<Target>();
+        let offer = machine.offer().clone();
+        let task = super::task_for(shared, &offer.vm);
+        task.figure("incoming", 1.0);
+        let side = Arc::new(Self {
+            shared: Arc::clone(shared),
+            offer,
+            control,
+            events: events.clone(),
+            task,
+            vm: Mutex::default(),
+            arrived: Mutex::default(),
+            qemu: tokio::sync::Mutex::default(),
+        });
+        shared.targets.lock().insert(side.offer.attempt, Arc::clone(&side));
+        let running = Arc::clone(&side);
+        tokio::spawn(async move {
+            let shared = &running.shared;
+            let (meta, journal) = (Arc::clone(&shared.meta), shared.journal.clone());
+            let outcome = driver::run(machine, Arc::clone(&running), (events, queue), meta, journal).await;
+            running.finish(&outcome).await;
+        });
+        side
+    }
+
+    /// Goes on after a restart of the agent.
+    pub(super) async fn take_up(shared: &Arc<Shared>, machine: Target) -> Result<()> {
+        let name = machine.offer().vm.clone();
+        let side = Self::begin(shared, machine, control::Sender::default());
+        if let Some(local) = shared.vms.local_record(&name)? {
+            let record = side.record().await?;
+            *side.vm.lock() = shared.vms.reattach(&local, record.right.epoch, false).await?;
+        }
+        Ok(())
+    }
+
+    async fn finish(&self, outcome: &Outcome) {
+        tracing::info!(vm = %self.offer.vm, attempt = %self.offer.attempt, ?outcome, "move ended at the target");
+        self.shared.targets.lock().remove(&self.offer.attempt);
+        let _ = tokio::fs::remove_file(self.state_path()).await;
+        let vm = self.vm.lock().take();
+        if let Some(vm) = vm {
+            if *outcome == Outcome::Moved {
+                self.shared.vms.watch(&vm);
+            }
+        }
+        self.task.end(&super::result_of(outcome, &self.offer.vm));
+    }
+
+    fn state_path(&self) -> std::path::PathBuf {
+        self.shared.journal.attachment(self.offer.attempt, STATE_FILE)
+    }
+
+    async fn record(&self) -> Result<VmRecord> {
+        let (name, meta) = (&self.offer.vm, &*self.shared.meta);
+        Ok(records::must::<VmRecord>(meta, &key::vm(name), &format!("vm {name}")).await?.value)
+    }
+
+    async fn volume(&self, name: &Name) -> Result<VolumeRecord> {
+        let what = format!("volume {name}");
+        Ok(records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(name), &what).await?.value)
+    }
+
+    fn vm(&self) -> Result<Arc<LocalVm>> {
+        self.vm.lock().clone().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                format!("reach the incoming QEMU of vm {}: it has ended", self.offer.vm),
+            )
+        })
+    }
+
+    async fn negotiate(&self) -> Result<()> {
+        let (offer, vms) = (&self.offer, &self.shared.vms);
+        let action = || format!("take vm {} at host {}", offer.vm, self.shared.host);
+        let refuse = |kind, words: String| Err(Error::new(kind, format!("{}: {words}", action())));
+        if vms.here(&offer.vm).is_some() || vms.local_record(&offer.vm)?.is_some() {
+            return refuse(ErrorKind::AlreadyExists, "a VM of that name runs here already".into());
+        }
+        let mut spec = offer.spec.clone();
+        launch::settle(&mut spec, &vms.qemu().await?, false).await.with_context(action)?;
+        let models = vms.qemu().await?.cpu_models().await?;
+        let model = spec.cpu.clone().unwrap_or_default();
+        let model = model.split(',').next().unwrap_or_default().to_owned();
+        if model != "max" && model != "host" && !models.contains(&model) {
+            return refuse(ErrorKind::Unsupported, format!("its QEMU does not know the processor {model}"));
+        }
+        for file in [&spec.kernel, &spec.initrd].into_iter().flatten() {
+            if !std::path::Path::new(file).exists() {
+                return refuse(ErrorKind::NotFound, format!("{file} is not on this host"));
+            }
+        }
+        for net in &spec.nets {
+            if !std::path::Path::new("/sys/class/net").join(&net.bridge).exists() {
+                return refuse(
+                    ErrorKind::NotFound,
+                    format!("there is no bridge {} on this host", net.bridge),
+                );
+            }
+        }
+        let free = free_bytes(&vms.config().memory_dir)?;
+        if free < spec.memory_bytes {
+            return refuse(
+                ErrorKind::NoSpace,
+                format!(
+                    "{} has {free} bytes free, the VM's RAM has {}",
+                    vms.config().memory_dir.display(),
+                    spec.memory_bytes
+                ),
+            );
+        }
+        for name in &spec.volumes {
+            let volume = self.volume(name).await?;
+            // The image under it must be readable from here before anything is moved.
+            vms.volumes().open_base(&volume).await.with_context(action)?;
+        }
+        Ok(())
+    }
+
+    async fn prepare(&self) -> Result<()> {
+        let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
+        let vm = self.shared.vms.launch(&record, true).await?;
+        *self.vm.lock() = Some(vm);
+        Ok(())
+    }
+
+    async fn receive_memory(&self, mut stream: PeerStream) -> Result<()> {
+        let blocks = super::copy::target_blocks(&*self.vm()?)?;
+        let (options, progress) = (TargetOptions::default(), Progress::default());
+        crate::memory::target::receive(&mut stream, blocks, &options, &progress).await?;
+        Ok(())
+    }
+
+    async fn receive_layer(&self, mut stream: PeerStream, volume: Option<Name>) -> Result<()> {
+        let name = volume
+            .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "receive a layer: no volume is named"))?;
+        let record = self.volume(&name).await?;
+        let volumes = self.shared.vms.volumes().clone();
+        let mut receiver = Some(volumes.receiver(&record)?);
+        let mut chunk = Vec::new();
+        loop {
+            if data::read_piece(&mut stream, &mut chunk).await? {
+                // Disk writes wait; the other streams of the move must not.
+                let (mut taken, bytes) = (receiver.take(), std::mem::take(&mut chunk));
+                let written = tokio::task::spawn_blocking(move || {
+                    let result = match &mut taken {
+                        Some(receiver) => receiver.write(&bytes).map(drop),
+                        None => Ok(()),
+                    };
+                    (taken, bytes, result)
+                });
+                let (taken, bytes, result) = joined(written.await)?;
+                (receiver, chunk) = (taken, bytes);
+                result.with_context(|| format!("receive layer of volume {name}"))?;
+                continue;
+            }
+            let seal: ShipSeal = data::read_json(&mut stream).await?;
+            let Some(taken) = receiver.take() else { return Ok(()) };
+            let finished = tokio::task::spawn_blocking(move || taken.finish(&seal)).await;
+            let result = joined(finished)?.map(|received| {
+                self.arrived.lock().layers.insert(name.clone(), received);
+            });
+            data::write_result(&mut stream, &result).await?;
+            return result;
+        }
+    }
+
+    async fn receive_state(&self, mut stream: PeerStream) -> Result<()> {
+        let head: StateHead = data::read_json(&mut stream).await?;
+        let result = self.take_state(&head, &mut stream).await;
+        if result.is_ok() {
+            self.arrived.lock().state = Some(head);
+        }
+        data::write_result(&mut stream, &result).await?;
+        result
+    }
+
+    async fn take_state(&self, head: &StateHead, stream: &mut PeerStream) -> Result<()> {
+        if head.state_bytes == 0 {
+            return Ok(());
+        }
+        let limit = device_state::STATE_MAX_BYTES as u64;
+        if head.state_bytes > limit {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("receive device state of {} bytes: at most {limit}", head.state_bytes),
+            ));
+        }
+        let mut state = Vec::new();
+        stream.take(head.state_bytes).read_to_end(&mut state).await.context("receive device state")?;
+        if blake3::hash(&state).to_hex().as_str() != head.state_hash {
+            return Err(Error::new(ErrorKind::Corrupt, "receive device state: its hash is wrong"));
+        }
+        // Kept before it is loaded: a QEMU that dies from here on can be started again.
+        crate::durable::replace_fast(&self.state_path(), &state)?;
+        device_state::load(&self.vm()?.qmp().await?, &state).await?;
+        self.arrived.lock().qemu_loaded = true;
+        Ok(())
+    }
+
+    async fn receive_qemu(&self, stream: PeerStream) -> Result<()> {
+        let vm = self.vm()?;
+        let carry = StreamOptions::new(0, Arc::new(Limiter::new(None))).carry;
+        let target = stream::Target::accept(vm.qmp().await?, stream, &carry).await?;
+        *self.qemu.lock().await = Some(target);
+        Ok(())
+    }
+
+    async fn verify(&self) -> Result<()> {
+        let vm = self.vm()?;
+        let (head, missing) = {
+            let arrived = self.arrived.lock();
+            let missing: Vec<String> = self
+                .offer
+                .spec
+                .volumes
+                .iter()
+                .filter(|name| !arrived.layers.contains_key(*name))
+                .map(ToString::to_string)
+                .collect();
+            (arrived.state.clone(), missing)
+        };
+        head.ok_or_else(|| Error::new(ErrorKind::Corrupt, "verify: no device state has come"))?;
+        if self.offer.disk == whimbrel_wire::api::DiskMove::Copy && !missing.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("verify: layers missing: {}", missing.join(", ")),
+            ));
+        }
+        if self.offer.mode == Mode::B {
+            let mut qemu = self.qemu.lock().await;
+            let target = qemu
+                .as_mut()
+                .ok_or_else(|| Error::new(ErrorKind::Corrupt, "verify: QEMU's stream has not come"))?;
+            target.wait_loaded(LOAD_LIMIT).await?;
+        } else if !self.arrived.lock().qemu_loaded {
+            return Err(Error::new(ErrorKind::Corrupt, "verify: QEMU has not loaded the device state"));
+        }
+        if !vm.process.is_alive() {
+            return Err(Error::new(ErrorKind::Unavailable, "verify: the incoming QEMU has ended"));
+        }
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), WorkFailed> {
+        let sent = AtomicBool::new(false);
+        let result = async {
+            let vm = self.vm()?;
+            if !vm.process.is_alive() {
+                return Err(Error::new(ErrorKind::Unavailable, "resume: the incoming QEMU has ended"));
+            }
+            let record = self.record().await?;
+            vm.set_epoch(record.right.epoch);
+            self.open_layers().await?;
+            vm.serve_disks(self.shared.vms.volumes()).await?;
+            vm.write_record(self.shared.vms.config(), false)?;
+            let qmp = vm.qmp().await?;
+            sent.store(true, Ordering::Release);
+            if qmp.run_state().await? != "running" {
+                qmp.cont().await?;
+            }
+            Ok(())
+        };
+        result.await.map_err(|error: Error| WorkFailed { error, may_have_run: sent.load(Ordering::Acquire) })
+    }
+
+    /// Opens the layers that came, without reading their logs again.
+    async fn open_layers(&self) -> Result<()> {
+        let came: Vec<(Name, Received)> = self.arrived.lock().layers.drain().collect();
+        let volumes = self.shared.vms.volumes().clone();
+        for (name, received) in came {
+            let record = self.volume(&name).await?;
+            let base = volumes.open_base(&record).await?.map(|(_, disk)| disk);
+            let epoch = record.right.epoch;
+            let opened = tokio::task::spawn_blocking(move || received.open(base, epoch)).await;
+            volumes.keep(record.disk_id, joined(opened)?.with_context(|| format!("open volume {name}"))?);
+        }
+        Ok(())
+    }
+
+    async fn rebuild(&self) -> Result<()> {
+        if self.offer.mode == Mode::B {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "start QEMU again: in mode B the device state has gone through the one that ended",
+            ));
+        }
+        let old = self.vm.lock().take();
+        if let Some(old) = old {
+            self.shared.vms.put_aside(&old).await;
+        }
+        let state = tokio::fs::read(self.state_path()).await.context("read the kept device state")?;
+        let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
+        let vm = self.shared.vms.launch(&record, true).await?;
+        *self.vm.lock() = Some(Arc::clone(&vm));
+        device_state::load(&vm.qmp().await?, &state).await
+    }
+
+    async fn discard(&self) -> Result<()> {
+        let vm = self.vm.lock().take();
+        if let Some(vm) = vm {
+            self.shared.vms.forget(&vm).await;
+        }
+        self.arrived.lock().layers.clear();
+        for name in &self.offer.spec.volumes {
+            if let Ok(record) = self.volume(name).await {
+                self.shared.vms.volumes().drop_copy(&record);
+            }
+        }
+        let _ = tokio::fs::remove_file(self.state_path()).await;
+        Ok(())
+    }
+}
+
+fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T> {
+    result.map_err(|error| Error::with_source(ErrorKind::Internal, "write a received layer", error))
+}
+
+fn free_bytes(dir: &std::path::Path) -> Result<u64> {
+    let stat = rustix::fs::statvfs(dir).with_context(|| format!("look at {}", dir.display()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+impl Hands<Target> for TargetSide {
+    async fn work(self: Arc<Self>, work: TargetWork) -> Result<(), WorkFailed> {
+        match work {
+            TargetWork::Negotiate => self.negotiate().await?,
+            TargetWork::Prepare => self.prepare().await?,
+            TargetWork::Verify => self.verify().await?,
+            TargetWork::Resume => self.resume().await?,
+            TargetWork::Rebuild => self.rebuild().await?,
+            TargetWork::Announce => device_state::announce_self(&self.vm()?.qmp().await?).await?,
+            TargetWork::Pull => {}
+            TargetWork::Discard => self.discard().await?,
+        }
+        Ok(())
+    }
+
+    fn send(&self, message: ToSource) {
+        self.control.send(self.offer.attempt, message);
+    }
+
+    fn enter(&self, step: Step) {
+        self.task.phase(step.as_str());
+    }
+
+    fn waiting_for(&self, what: Option<String>) {
+        self.task.waiting_for(what);
+    }
+}

@@ -1,0 +1,465 @@
+//! Volumes of this host: made, opened once, exported, removed.
+//!
+//! ```text
+//!   VolumeRecord (who may write, what is under it)  ──► open ──► Layer over Image ──► guests' disks, NBD, export
+//! ```
+//!
+//! Invariants
+//! * A layer is opened for writing once per process, at the epoch of the record whose holder is this host.
+//! * A volume is in use by one VM or one socket.
+//!
+//! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use whimbrel_wire::api::{VolumeCheck, VolumeCreate, VolumeImport};
+use whimbrel_wire::meta::{ImageParent, VolumeRecord, key};
+use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
+use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
+
+use crate::block_dev::{BlockDev, BlockRead};
+use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
+use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::export::nbd::{NbdOptions, NbdServer};
+use crate::export::{DeviceSlot, VhostUserOptions, VhostUserServer};
+use crate::meta::MetaStore;
+use crate::records::{self, Change};
+use crate::store::Store;
+use crate::store::convert::{Converter, Format};
+use crate::task::TaskHandle;
+
+/// All volumes of this host.
+#[derive(Clone)]
+pub struct Volumes {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    host: HostId,
+    dir: VolumeDir,
+    run_dir: PathBuf,
+    meta: Arc<dyn MetaStore>,
+    store: Arc<Store>,
+    open: Mutex<HashMap<DiskId, Arc<Layer>>>,
+    exports: Mutex<HashMap<Name, Exported>>,
+}
+
+/// A volume shown on a socket.
+struct Exported {
+    path: PathBuf,
+    disk_id: DiskId,
+    server: Server,
+}
+
+enum Server {
+    Nbd(NbdServer),
+    VhostUser(VhostUserServer),
+}
+
+/// What this host knows of a volume whose layer is here.
+#[derive(Clone, Copy, Debug)]
+pub struct VolumeFigures {
+    /// What a reader sees.
+    pub data_id: DataId,
+    /// Length of the layer's log.
+    pub layer_bytes: u64,
+}
+
+impl Volumes {
+    /// The volumes below `data_dir`; sockets go below `run_dir`.
+    pub fn new(
+        host: HostId,
+        data_dir: &Path,
+        run_dir: PathBuf,
+        meta: Arc<dyn MetaStore>,
+        store: Arc<Store>,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(&run_dir).with_context(|| format!("make directory {}", run_dir.display()))?;
+        let dir = VolumeDir::new(data_dir)?;
+        let shared =
+            Shared { host, dir, run_dir, meta, store, open: Mutex::default(), exports: Mutex::default() };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Where the records are.
+    pub fn meta(&self) -> &dyn MetaStore {
+        &*self.shared.meta
+    }
+
+    /// Makes a volume; this host holds it.
+    pub async fn create(&self, request: &VolumeCreate) -> Result<VolumeRecord> {
+        let shared = &self.shared;
+        let action = || format!("create volume {}", request.name);
+        if records::get::<VolumeRecord>(&*shared.meta, &key::volume(&request.name)).await?.is_some() {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("{}: there is one of that name", action()),
+            ));
+        }
+        let image = match &request.image {
+            Some(image) => Some(shared.store.resolve(image).await.with_context(action)?),
+            None => None,
+        };
+        let spec = VolumeSpec {
+            image: image.as_ref().map(|image| (image.id, image.size_bytes)),
+            size_bytes: request.size_bytes,
+            epoch: Epoch(1),
+        };
+        let spec = spec.layer().with_context(action)?;
+        shared.dir.create(&spec).with_context(action)?;
+        let record = VolumeRecord {
+            name: request.name.clone(),
+            disk_id: spec.disk_id,
+            data_id: spec.data_id,
+            size_bytes: spec.size_bytes,
+            image: image.map(|image| ImageParent {
+                image: image.image,
+                id: image.id,
+                store_url: image.store_url,
+            }),
+            right: Right {
+                object: Object::Layer(spec.disk_id),
+                holder: shared.host.clone(),
+                epoch: Epoch(1),
+            },
+            attached_to: None,
+            depends_on: None,
+        };
+        let change = Change::default().create(&key::volume(&record.name), &record)?;
+        let made = change.commit_or_refuse(&*shared.meta, &action()).await;
+        if made.is_err() {
+            let _ = shared.dir.remove(spec.disk_id);
+        }
+        made.map(|()| record)
+    }
+
+    /// The image under a volume, open for reading.
+    pub async fn open_base(&self, record: &VolumeRecord) -> Result<Option<BaseImage>> {
+        match &record.image {
+            Some(parent) => {
+                let image = self.shared.store.open_image(parent).await?;
+                Ok(Some((parent.id, image)))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The volume's layer, open for writing at the record's epoch; the same one for everybody who asks.
+    pub async fn open(&self, record: &VolumeRecord) -> Result<Arc<Layer>> {
+        let shared = &self.shared;
+        if record.right.holder != shared.host {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!(
+                    "open volume {}: host {} holds the right to write it",
+                    record.name, record.right.holder
+                ),
+            ));
+        }
+        if let Some(layer) = self.opened(record.disk_id) {
+            return Ok(layer);
+        }
+        let base = self.open_base(record).await?;
+        let (dir, id, epoch) = (shared.dir.clone(), record.disk_id, record.right.epoch);
+        let opened = tokio::task::spawn_blocking(move || dir.open(id, base, epoch, true)).await;
+        let layer = opened
+            .map_err(|error| Error::with_source(ErrorKind::Internal, "open a layer", error))?
+            .with_context(|| format!("open volume {}", record.name))?;
+        self.keep(record.disk_id, Arc::clone(&layer));
+        Ok(layer)
+    }
+
+    /// The volume's layer, if it is open.
+    pub fn opened(&self, disk_id: DiskId) -> Option<Arc<Layer>> {
+        self.shared.open.lock().get(&disk_id).cloned()
+    }
+
+    /// Takes in a layer that was opened elsewhere (after it arrived from another host).
+    pub(crate) fn keep(&self, disk_id: DiskId, layer: Arc<Layer>) {
+        self.shared.open.lock().insert(disk_id, layer);
+    }
+
+    /// Whether this host has a copy of a layer.
+    pub fn is_here(&self, disk_id: DiskId) -> bool {
+        self.shared.dir.path(disk_id).exists()
+    }
+
+    /// Closes the volume's layer, if it is open.
+    pub fn close(&self, disk_id: DiskId) {
+        let layer = self.shared.open.lock().remove(&disk_id);
+        if let Some(layer) = layer
+            && let Err(error) = layer.close()
+        {
+            tracing::warn!(%disk_id, %error, "layer not closed cleanly; its log is replayed at the next open");
+        }
+    }
+
+    /// A place for the volume's layer, which another host sends.
+    pub(crate) fn receiver(&self, record: &VolumeRecord) -> Result<LayerReceiver> {
+        let spec = LayerSpec {
+            disk_id: record.disk_id,
+            data_id: record.data_id,
+            parent: record.image.as_ref().map_or(Parent::None, |parent| Parent::Image(parent.id)),
+            size_bytes: record.size_bytes,
+            epoch: record.right.epoch,
+            segment_blocks: SEGMENT_BLOCKS,
+        };
+        // What an earlier attempt left does not go on where this one begins.
+        let _ = self.shared.dir.remove(record.disk_id);
+        self.shared.dir.receive(&spec)
+    }
+
+    /// Removes this host's copy of a layer that another host holds.
+    pub(crate) fn drop_copy(&self, record: &VolumeRecord) {
+        if record.right.holder == self.shared.host {
+            return;
+        }
+        self.close(record.disk_id);
+        if self.shared.dir.path(record.disk_id).exists()
+            && let Err(error) = self.shared.dir.remove(record.disk_id)
+        {
+            tracing::warn!(volume = %record.name, %error, "copy of a layer that moved away was not removed");
+        }
+    }
+
+    /// Whether the volume is shown on a socket.
+    pub fn is_exported(&self, name: &Name) -> bool {
+        self.shared.exports.lock().contains_key(name)
+    }
+
+    /// Sockets that the volume is shown on.
+    pub fn exports(&self, name: &Name) -> Vec<String> {
+        let exports = self.shared.exports.lock();
+        exports.get(name).map(|exported| exported.path.to_string_lossy().into_owned()).into_iter().collect()
+    }
+
+    /// What is known of the volume's layer here.
+    pub fn figures(&self, record: &VolumeRecord) -> Option<VolumeFigures> {
+        let info = match self.opened(record.disk_id) {
+            Some(layer) => layer.info(),
+            None => {
+                Layer::open(&self.shared.dir.path(record.disk_id), None, Epoch(u64::MAX), false).ok()?.info()
+            }
+        };
+        Some(VolumeFigures { data_id: info.data_id, layer_bytes: info.log_bytes })
+    }
+
+    /// Verifies all invariants of a volume that is here.
+    pub async fn check(&self, record: &VolumeRecord) -> Result<VolumeCheck> {
+        let (dir, id, image) =
+            (self.shared.dir.clone(), record.disk_id, record.image.as_ref().map(|image| image.id));
+        let reports = tokio::task::spawn_blocking(move || dir.check(id, image))
+            .await
+            .map_err(|error| Error::with_source(ErrorKind::Internal, "check a volume", error))?
+            .with_context(|| format!("check volume {}", record.name))?;
+        Ok(VolumeCheck {
+            name: record.name.clone(),
+            records: reports.iter().map(|report| report.records).sum(),
+            problems: reports.into_iter().flat_map(|report| report.problems).collect(),
+        })
+    }
+
+    /// Deletes a volume and its layer.
+    pub async fn remove(&self, name: &Name) -> Result<()> {
+        let shared = &self.shared;
+        let action = format!("remove volume {name}");
+        let record =
+            records::must::<VolumeRecord>(&*shared.meta, &key::volume(name), &format!("volume {name}"))
+                .await?;
+        if let Some(vm) = &record.value.attached_to {
+            return Err(Error::new(ErrorKind::Refused, format!("{action}: it is attached to vm {vm}")));
+        }
+        if self.is_exported(name) {
+            return Err(Error::new(ErrorKind::Refused, format!("{action}: it is exported on a socket"))
+                .hint(format!("`whimbrel volume detach {name}` first")));
+        }
+        Change::default().delete(&record).commit_or_refuse(&*shared.meta, &action).await?;
+        self.close(record.value.disk_id);
+        if shared.dir.path(record.value.disk_id).exists() {
+            shared.dir.remove(record.value.disk_id).with_context(|| action)?;
+        }
+        Ok(())
+    }
+
+    /// Shows a volume on a socket of this host.
+    pub async fn attach(&self, record: &VolumeRecord, export: &str) -> Result<()> {
+        let name = &record.name;
+        let action = || format!("attach volume {name}");
+        if let Some(vm) = &record.attached_to {
+            return Err(Error::new(ErrorKind::Refused, format!("{}: vm {vm} uses it", action())));
+        }
+        if self.is_exported(name) {
+            return Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("{}: it is on a socket already", action()),
+            ));
+        }
+        let layer = self.open(record).await?;
+        let slot = DeviceSlot::active(layer);
+        let (path, server) = match export {
+            "nbd" => {
+                let path = self.shared.run_dir.join(format!("{name}.nbd.sock"));
+                let options = NbdOptions { name: name.as_str().to_owned(), ..NbdOptions::default() };
+                let server = NbdServer::start(&path, slot, options)?;
+                (path, Server::Nbd(server))
+            }
+            "vhost-user-blk" => {
+                let path = self.shared.run_dir.join(format!("{name}.vhost.sock"));
+                let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
+                (path, Server::VhostUser(server))
+            }
+            other => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{}: {other:?} is neither nbd nor vhost-user-blk", action()),
+                ));
+            }
+        };
+        let exported = Exported { path, disk_id: record.disk_id, server };
+        self.shared.exports.lock().insert(name.clone(), exported);
+        Ok(())
+    }
+
+    /// Takes a volume's socket away.
+    pub async fn detach(&self, name: &Name) -> Result<()> {
+        let exported = self.shared.exports.lock().remove(name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("detach volume {name}: it is on no socket of this host"))
+        })?;
+        let disk_id = exported.disk_id;
+        let stopped = tokio::task::spawn_blocking(move || match exported.server {
+            Server::Nbd(server) => server.stop(),
+            Server::VhostUser(server) => server.stop(),
+        });
+        let stopped = stopped
+            .await
+            .map_err(|error| Error::with_source(ErrorKind::Internal, "stop a disk server", error))?;
+        self.close(disk_id);
+        stopped
+    }
+
+    /// Makes a volume from a disk image file.
+    pub async fn import(
+        &self,
+        request: &VolumeImport,
+        convert: Arc<Converter>,
+        task: &Arc<TaskHandle>,
+    ) -> Result<()> {
+        let file = PathBuf::from(&request.file);
+        let source = open_file(convert, file, request.format.as_deref(), task).await?;
+        let create =
+            VolumeCreate { name: request.name.clone(), image: None, size_bytes: Some(source.size_bytes()) };
+        let record = self.create(&create).await?;
+        task.phase("write");
+        let result = async {
+            let layer = self.open(&record).await?;
+            let task = Arc::clone(task);
+            blocking(move || copy(&*source, &*layer, &task)).await
+        };
+        let result = result.await;
+        self.close(record.disk_id);
+        if result.is_err() {
+            self.remove(&request.name).await?;
+        }
+        result
+    }
+
+    /// Writes a volume to a disk image file.
+    pub async fn export(
+        &self,
+        record: &VolumeRecord,
+        file: PathBuf,
+        format: Format,
+        convert: Arc<Converter>,
+        task: &Arc<TaskHandle>,
+    ) -> Result<()> {
+        if let Some(vm) = &record.attached_to {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("export volume {}: vm {vm} writes it", record.name),
+            )
+            .hint("stop the VM first"));
+        }
+        let layer = self.open(record).await?;
+        let result = export_file(convert, layer, file, format, task).await;
+        if !self.is_exported(&record.name) {
+            self.close(record.disk_id);
+        }
+        result
+    }
+}
+
+/// The stated format, or the one that the file's extension stands for; never what its content looks like.
+pub fn format_of(file: &Path, stated: Option<&str>) -> Result<Format> {
+    stated.map_or_else(|| Format::of_extension(file), str::parse)
+}
+
+/// Opens a disk image file for reading, converting it if it is not raw.
+pub async fn open_file(
+    convert: Arc<Converter>,
+    file: PathBuf,
+    format: Option<&str>,
+    task: &Arc<TaskHandle>,
+) -> Result<Arc<dyn BlockRead>> {
+    let format = format.map(str::parse).transpose()?;
+    task.phase("convert");
+    let task = Arc::clone(task);
+    let opened = blocking(move || convert.open(&file, format, &mut |done, total| step(&task, done, total)));
+    Ok(Arc::new(opened.await?))
+}
+
+/// Writes a disk to a disk image file.
+pub async fn export_file(
+    convert: Arc<Converter>,
+    disk: Arc<dyn BlockRead>,
+    file: PathBuf,
+    format: Format,
+    task: &Arc<TaskHandle>,
+) -> Result<()> {
+    task.phase("write");
+    let task = Arc::clone(task);
+    blocking(move || convert.export(&*disk, &file, format, &mut |done, total| step(&task, done, total))).await
+}
+
+/// Reports progress; an error if somebody cancelled.
+fn step(task: &TaskHandle, done: u64, total: u64) -> Result<()> {
+    task.progress(done, total);
+    if task.is_cancelled() {
+        return Err(Error::new(ErrorKind::Cancelled, "copy a disk: cancelled"));
+    }
+    Ok(())
+}
+
+/// Bytes copied at a time.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// Copies what `source` holds into `target`, which reads as zeros.
+fn copy(source: &dyn BlockRead, target: &dyn BlockDev, task: &TaskHandle) -> Result<()> {
+    let size = source.size_bytes();
+    let mut buffer = vec![0_u8; usize::try_from(COPY_BYTES).unwrap_or(1 << 20)];
+    let mut offset = 0;
+    while offset < size {
+        let extent = source.extent(offset)?;
+        let mut left = extent.length.min(size - offset).max(1);
+        while extent.data && left > 0 {
+            let length = left.min(COPY_BYTES);
+            let part = buffer.get_mut(..usize::try_from(length).unwrap_or(0)).unwrap_or_default();
+            source.read(offset, &mut [std::io::IoSliceMut::new(part)])?;
+            target.write(offset, &[std::io::IoSlice::new(part)])?;
+            offset += length;
+            left -= length;
+            step(task, offset, size)?;
+        }
+        offset += left;
+        step(task, offset, size)?;
+    }
+    target.flush()
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Internal, "work on a disk", error))?
+}

@@ -1,0 +1,131 @@
+//! What the API says and does about volumes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use whimbrel_host::records;
+use whimbrel_host::volume::format_of;
+use whimbrel_host::{Error, ErrorKind, Result};
+use whimbrel_wire::Name;
+use whimbrel_wire::api::{Export, TaskKind, TaskStarted, Volume, VolumeCheck, VolumeCreate, VolumeImport};
+use whimbrel_wire::meta::{VolumeRecord, key};
+
+use super::Node;
+use crate::agent::forward;
+
+impl Node {
+    /// All volumes of the cluster.
+    pub async fn volumes_list(&self) -> Result<Vec<Volume>> {
+        let records = records::list::<VolumeRecord>(&*self.meta, key::VOLUMES).await?;
+        Ok(records.into_iter().map(|record| self.describe_volume(record.value)).collect())
+    }
+
+    /// One volume.
+    pub async fn volume_show(&self, name: &Name) -> Result<Volume> {
+        Ok(self.describe_volume(self.volume_record(name).await?))
+    }
+
+    /// Makes a volume here.
+    pub async fn volume_create(&self, request: VolumeCreate) -> Result<Volume> {
+        Ok(self.describe_volume(self.volumes.create(&request).await?))
+    }
+
+    /// Checks a volume where its layer is.
+    pub async fn volume_check(&self, name: &Name) -> Result<VolumeCheck> {
+        let record = self.volume_record(name).await?;
+        if record.right.holder != self.host {
+            return forward::post(self, &record.right.holder, format!("/v1/volumes/{name}/check"), &()).await;
+        }
+        self.volumes.check(&record).await
+    }
+
+    /// Makes a volume from a file of this host.
+    pub async fn volume_import(&self, request: VolumeImport) -> Result<TaskStarted> {
+        let task = self.tasks.start(TaskKind::Import, format!("volume {}", request.name));
+        let started = TaskStarted { task: task.id(), host: self.host.clone() };
+        let (volumes, convert, task) = (self.volumes.clone(), Arc::clone(&self.convert), Arc::new(task));
+        tokio::spawn(async move {
+            let result = volumes.import(&request, convert, &task).await;
+            task.end(&result);
+        });
+        Ok(started)
+    }
+
+    /// Writes a volume of this host to a file.
+    pub async fn volume_export(&self, name: &Name, request: Export) -> Result<TaskStarted> {
+        let record = self.volume_record(name).await?;
+        self.refuse_elsewhere(&record)?;
+        let file = PathBuf::from(request.file);
+        let format = format_of(&file, request.format.as_deref())?;
+        let task = self.tasks.start(TaskKind::Export, format!("volume {name}"));
+        let started = TaskStarted { task: task.id(), host: self.host.clone() };
+        let (volumes, convert, task) = (self.volumes.clone(), Arc::clone(&self.convert), Arc::new(task));
+        tokio::spawn(async move {
+            let result = volumes.export(&record, file, format, convert, &task).await;
+            task.end(&result);
+        });
+        Ok(started)
+    }
+
+    /// Shows a volume of this host on a socket.
+    pub async fn volume_attach(&self, name: &Name, export: &str) -> Result<Volume> {
+        let record = self.volume_record(name).await?;
+        self.refuse_elsewhere(&record)?;
+        self.volumes.attach(&record, export).await?;
+        Ok(self.describe_volume(record))
+    }
+
+    /// Takes the socket away.
+    pub async fn volume_detach(&self, name: &Name) -> Result<Volume> {
+        let record = self.volume_record(name).await?;
+        self.volumes.detach(name).await?;
+        Ok(self.describe_volume(record))
+    }
+
+    /// Deletes a volume and its data.
+    pub async fn volume_remove(&self, name: &Name) -> Result<Volume> {
+        let record = self.volume_record(name).await?;
+        if record.right.holder != self.host {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format!("remove volume {name}: its layer is at host {}", record.right.holder),
+            )
+            .hint("remove it there"));
+        }
+        self.volumes.remove(name).await?;
+        Ok(self.describe_volume(record))
+    }
+
+    fn refuse_elsewhere(&self, record: &VolumeRecord) -> Result<()> {
+        if record.right.holder == self.host {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Refused,
+            format!("use volume {}: host {} holds the right to write it", record.name, record.right.holder),
+        )
+        .hint("do this on that host"))
+    }
+
+    async fn volume_record(&self, name: &Name) -> Result<VolumeRecord> {
+        Ok(records::must::<VolumeRecord>(&*self.meta, &key::volume(name), &format!("volume {name}"))
+            .await?
+            .value)
+    }
+
+    fn describe_volume(&self, record: VolumeRecord) -> Volume {
+        let here = (record.right.holder == self.host).then(|| self.volumes.figures(&record)).flatten();
+        Volume {
+            data_id: here.as_ref().map_or(record.data_id, |here| here.data_id),
+            layer_bytes: here.as_ref().map(|here| here.layer_bytes),
+            exports: self.volumes.exports(&record.name),
+            name: record.name,
+            disk_id: record.disk_id,
+            size_bytes: record.size_bytes,
+            parent: record.image.map(|parent| parent.image),
+            holder: record.right.holder,
+            epoch: record.right.epoch.0,
+            attached_to: record.attached_to,
+        }
+    }
+}
