@@ -54,6 +54,7 @@ use peers::Server;
 pub use collect::Collected;
 pub use image::Image;
 pub use peers::PeerTransport;
+pub use repo::S3Keys;
 
 /// How long a collection waits for those who publish.
 const COLLECT_WAIT: Duration = Duration::from_secs(60);
@@ -67,6 +68,8 @@ pub struct StoreConfig {
     pub host: HostId,
     /// Where images go unless told otherwise: `file:///dir`, `/dir`, `s3://bucket/prefix?endpoint=…`, `http(s)://…`.
     pub default_store_url: Option<String>,
+    /// Keys for stores in S3; the environment's (AWS_ACCESS_KEY_ID, …) otherwise.
+    pub s3_keys: Option<S3Keys>,
     /// Blocks from peers are kept after so many fetches; 1: at once.
     pub keep_after_peer_fetches: u32,
     /// Bytes per second sent to peers; 0: no limit.
@@ -82,6 +85,7 @@ impl StoreConfig {
             data_dir: data_dir.into(),
             host,
             default_store_url: None,
+            s3_keys: None,
             keep_after_peer_fetches: 1,
             upload_bytes_s: 0,
             scrub_bytes_s: 4 << 20,

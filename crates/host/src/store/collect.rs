@@ -157,7 +157,7 @@ async fn rebuild_index(
     if !stale {
         return Ok(());
     }
-    if builder.len() > 0 {
+    if !builder.is_empty() {
         made.push(builder.finish());
     }
     let mut new_paths = HashSet::new();

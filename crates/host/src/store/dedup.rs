@@ -190,6 +190,11 @@ impl Builder {
         self.entries.push(Entry { hash, pack, offset, length, encoding });
     }
 
+    /// Whether it has no block.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// How many blocks it has.
     pub fn len(&self) -> usize {
         self.entries.len()

@@ -145,6 +145,7 @@ impl Core {
         let config = Config {
             keep_after_peer_fetches: shared.config.keep_after_peer_fetches,
             demand_parallel: 64,
+            fill_parallel: 16,
             ..Config::default()
         };
         let host = shared.config.host.clone();

@@ -75,7 +75,7 @@ impl Shared {
         if let Some(repo) = self.repos.lock().get(url) {
             return Ok(Arc::clone(repo));
         }
-        let repo = Repo::open(url, create)?;
+        let repo = Repo::open(url, create, self.config.s3_keys.as_ref())?;
         Ok(Arc::clone(self.repos.lock().entry(url.to_owned()).or_insert(repo)))
     }
 

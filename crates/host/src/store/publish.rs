@@ -228,7 +228,7 @@ impl Scan {
         uploads: mpsc::Sender<Pack>,
     ) -> Result<Self> {
         let size_bytes = source.size_bytes();
-        if size_bytes > SIZE_BYTES_MAX || size_bytes % 512 != 0 {
+        if size_bytes > SIZE_BYTES_MAX || !size_bytes.is_multiple_of(512) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("publish a disk of {size_bytes} bytes: whole sectors, and 64 TiB at most"),
@@ -283,8 +283,9 @@ impl Scan {
             drop(results);
             let mut feed =
                 Feed { source: source.as_ref(), size_bytes: self.size_bytes, offset: 0, data_until: 0 };
-            let outcome = self.assemble(jobs, &done, &mut feed, window, cancelled, progress);
-            // Workers that are blocked on a full channel must see that nobody listens any more.
+            let outcome = self.assemble(&jobs, &done, &mut feed, window, cancelled, progress);
+            // Workers that wait for a job, or on a full channel, must see that nobody is there any more.
+            drop(jobs);
             drop(done);
             outcome
         })?;
@@ -293,7 +294,7 @@ impl Scan {
 
     fn assemble(
         &mut self,
-        jobs: std_mpsc::SyncSender<Job>,
+        jobs: &std_mpsc::SyncSender<Job>,
         done: &std_mpsc::Receiver<JobResult>,
         feed: &mut Feed<'_>,
         window: usize,
@@ -457,7 +458,7 @@ impl Scan {
     fn finish(mut self) -> Result<Scanned> {
         self.close_pack()?;
         let mut assembly = self.assembly;
-        if assembly.index.len() > 0 {
+        if !assembly.index.is_empty() {
             assembly.indexes.push(std::mem::take(&mut assembly.index).finish());
         }
         assembly.entries.flush().context("write a scratch file")?;

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   /dir, file:///dir                               objects are files; each write is synced and renamed into place
-//!   s3://BUCKET/PREFIX?endpoint=URL&region=NAME     credentials from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …
+//!   s3://BUCKET/PREFIX?endpoint=URL&region=NAME     keys from the configuration, else AWS_ACCESS_KEY_ID, …
 //!   http://HOST/PATH, https://HOST/PATH             reading only; names are found by their path, nothing is listed
 //! ```
 //!
-//! Invariants: every call is limited in time; failures that may pass are tried again a few times; after some failures
+//! Invariants: a URL holds no secret, since it is stored and shown; one that does is refused. Every call is limited in time; failures that may pass are tried again a few times; after some failures
 //! in a row the [`breaker`] answers at once for a while, so that readers turn to peers instead of waiting. What is
 //! read is checked by the caller: here only its length is.
 //!
@@ -53,6 +53,21 @@ pub struct Repo {
     sent_bytes: AtomicU64,
 }
 
+/// Keys of an S3 account.
+#[derive(Clone)]
+pub struct S3Keys {
+    /// Names the key.
+    pub access_key_id: String,
+    /// The secret; never shown.
+    pub secret_access_key: String,
+}
+
+impl std::fmt::Debug for S3Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "S3Keys({})", self.access_key_id)
+    }
+}
+
 /// One object of a listing.
 #[derive(Clone, Debug)]
 pub struct Listed {
@@ -66,11 +81,12 @@ pub struct Listed {
 
 impl Repo {
     /// A repository at `url`. `create` makes a directory that does not exist.
-    pub fn open(url: &str, create: bool) -> Result<Arc<Self>> {
-        let what = || format!("open the store {url}");
+    pub fn open(url: &str, create: bool, keys: Option<&S3Keys>) -> Result<Arc<Self>> {
+        // Without what follows the "?": a secret that somebody put there must not get into messages.
+        let what = || format!("open the store {}", url.split('?').next().unwrap_or_default());
         let (store, prefix, writable): (Box<dyn ObjectStore>, String, bool) =
             if let Some(rest) = url.strip_prefix("s3://") {
-                let (store, prefix) = open_s3(rest).map_err(|error| invalid(what(), error))?;
+                let (store, prefix) = open_s3(rest, keys).with_context(what)?;
                 (store, prefix, true)
             } else if url.starts_with("http://") || url.starts_with("https://") {
                 let store = HttpBuilder::new()
@@ -299,11 +315,15 @@ fn open_directory(dir: &str, create: bool) -> Result<Box<dyn ObjectStore>> {
 }
 
 /// `BUCKET/PREFIX?key=value&…`; values are taken as they stand.
-fn open_s3(rest: &str) -> object_store::Result<(Box<dyn ObjectStore>, String)> {
+fn open_s3(rest: &str, keys: Option<&S3Keys>) -> Result<(Box<dyn ObjectStore>, String)> {
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
     let mut options = client_options();
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retries());
+    if let Some(keys) = keys {
+        builder =
+            builder.with_access_key_id(&keys.access_key_id).with_secret_access_key(&keys.secret_access_key);
+    }
     for (key, value) in query.split('&').filter_map(|pair| pair.split_once('=')) {
         builder = match key {
             "endpoint" => {
@@ -311,10 +331,20 @@ fn open_s3(rest: &str) -> object_store::Result<(Box<dyn ObjectStore>, String)> {
                 builder.with_endpoint(value)
             }
             "region" => builder.with_region(value),
-            other => builder.with_config(other.parse()?, value),
+            "virtual_hosted_style" => builder.with_virtual_hosted_style_request(value == "true"),
+            other => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{other} is not known: endpoint, region and virtual_hosted_style are"),
+                )
+                .hint("keys belong into the agent's configuration or environment, not into a URL"));
+            }
         };
     }
-    let store = builder.with_client_options(options).build()?;
+    let store = builder
+        .with_client_options(options)
+        .build()
+        .map_err(|error| Error::with_source(ErrorKind::InvalidInput, "set up S3", error))?;
     Ok((Box::new(store), prefix.trim_matches('/').to_owned()))
 }
 

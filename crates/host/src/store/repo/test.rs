@@ -4,8 +4,8 @@ use super::*;
 async fn a_directory_keeps_objects_and_says_what_is_wrong_with_them() {
     let dir = tempfile::tempdir().unwrap();
     let url = format!("file://{}/store", dir.path().display());
-    assert!(Repo::open(&url, false).is_err(), "not made by a reader");
-    let repo = Repo::open(&url, true).unwrap();
+    assert!(Repo::open(&url, false, None).is_err(), "not made by a reader");
+    let repo = Repo::open(&url, true, None).unwrap();
     repo.put("packs/a", Bytes::from_static(b"hello")).await.unwrap();
     assert_eq!(&repo.range("packs/a", 1, 3).await.unwrap()[..], b"ell");
     let cut = repo.range("packs/a", 3, 9).await.unwrap_err();
@@ -36,7 +36,7 @@ async fn a_store_that_is_down_fails_and_then_fails_fast() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
-    let repo = Repo::open(&format!("http://{address}/x"), false).unwrap();
+    let repo = Repo::open(&format!("http://{address}/x"), false, None).unwrap();
     for _ in 0..3 {
         let error = repo.get("names/a/latest.json", 100).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
@@ -45,7 +45,11 @@ async fn a_store_that_is_down_fails_and_then_fails_fast() {
     assert!(repo.get("names/a/latest.json", 100).await.is_err());
     assert!(start.elapsed() < Duration::from_millis(50));
     assert_eq!(repo.put("x", Bytes::new()).await.unwrap_err().kind(), ErrorKind::Unsupported);
+    let secret = "s3://bucket/x?secret_access_key=abc";
+    let refused = Repo::open(secret, false, None).err().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    assert!(!refused.to_string().contains("abc"), "{refused}");
     for bad in ["", "relative/dir", "ftp://x/y"] {
-        assert_eq!(Repo::open(bad, true).err().unwrap().kind(), ErrorKind::InvalidInput, "{bad}");
+        assert_eq!(Repo::open(bad, true, None).err().unwrap().kind(), ErrorKind::InvalidInput, "{bad}");
     }
 }

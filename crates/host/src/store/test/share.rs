@@ -172,6 +172,7 @@ async fn removing_and_collecting_beside_publishing_loses_nothing() {
     let world = Arc::new(World::new());
     let (a, b) = (world.host("a").await, world.host("b").await);
     let shared: Vec<u64> = (1..=30).collect();
+    world.publish(&a, "moving", Disk::of(&shared)).await.unwrap();
     let publisher = tokio::spawn({
         let (world, a) = (Arc::clone(&world), Arc::clone(&a));
         let shared = shared.clone();

@@ -88,7 +88,7 @@ impl ManifestHeader {
             data_bytes: reader.u64()?,
         };
         let sane = header.size_bytes <= SIZE_BYTES_MAX
-            && header.size_bytes % 512 == 0
+            && header.size_bytes.is_multiple_of(512)
             && header.packs <= PACKS_MAX
             && header.entries <= header.blocks()
             && header.data_bytes <= header.size_bytes;
