@@ -5,6 +5,7 @@
 //!
 //! Not here: what is measured (one module per bench).
 
+pub mod block;
 pub mod migrate;
 
 use std::collections::BTreeMap;
@@ -48,8 +49,9 @@ impl Options {
 /// Runs the bench called `options.name`.
 pub fn run(options: &Options) -> Result<()> {
     match options.name.as_str() {
+        "block" => block::run(options),
         "migrate" => migrate::run(options),
-        other => bail!("bench {other:?} is not known; there is: migrate"),
+        other => bail!("bench {other:?} is not known; there are: block, migrate"),
     }
 }
 

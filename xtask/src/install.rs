@@ -62,6 +62,7 @@ impl Purpose {
                 ("etcd-server", Some("etcd")),
                 ("nbdkit", Some("nbdkit")),
                 ("libnbd-bin", Some("nbdcopy")),
+                ("python3-libnbd", Some("nbdsh")),
                 ("fio", Some("fio")),
                 ("openssl", Some("openssl")),
             ],

@@ -61,7 +61,7 @@ enum Cmd {
     },
     /// Peers and Whimbrel side by side.
     Bench {
-        /// Which bench: migrate
+        /// Which bench: block, migrate
         name: String,
         /// Fewer runs.
         #[arg(long)]

@@ -50,6 +50,8 @@ struct Vring {
     err: Option<OwnedFd>,
     enabled: bool,
     running: Option<RunningQueue>,
+    // Requests that were left unanswered when the ring stopped.
+    unfinished: usize,
 }
 
 /// See the module's charter. One value per connection.
@@ -171,6 +173,7 @@ impl Frontend {
             write_through,
         };
         ring.running = Some(RunningQueue::start(device, queue_index, setup).map_err(failed)?);
+        ring.unfinished = 0;
         Ok(())
     }
 
@@ -181,6 +184,7 @@ impl Frontend {
         if let Some(running) = ring.running.take() {
             let stopped = running.stop(limit).map_err(failed)?;
             ring.base = stopped.next_avail;
+            ring.unfinished = stopped.unfinished;
             if stopped.unfinished > 0 {
                 tracing::warn!(
                     queue = index,
@@ -190,6 +194,11 @@ impl Frontend {
             }
         }
         Ok(())
+    }
+
+    /// Requests that stopped rings left unanswered.
+    pub(super) fn unfinished(&self) -> usize {
+        self.rings.iter().map(|ring| ring.unfinished).sum()
     }
 
     /// Stops every ring: the front-end is gone.

@@ -263,6 +263,10 @@ impl RunningQueue {
             ended: Mutex::new(false),
             has_ended: Condvar::new(),
         });
+        // An earlier process may have died between an answer and its signal.
+        if let Some(call) = &queue.state.lock().call {
+            signal(call.as_fd());
+        }
         let run = queue.clone();
         let thread = std::thread::Builder::new()
             .name(format!("vub-q{index}"))

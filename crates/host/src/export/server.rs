@@ -167,6 +167,14 @@ impl VhostUserServer {
         }
     }
 
+    /// Requests that the guest's stopped rings left unanswered, because the drain limit ran out. They are in the
+    /// in-flight record that this QEMU keeps, and are done when its rings run again; a QEMU at another host knows
+    /// nothing of them, so a VM must not be resumed there while this is not 0.
+    pub fn unfinished(&self) -> usize {
+        let current = self.shared.current.lock().as_ref().map(|(frontend, _)| frontend.clone());
+        current.map_or(0, |frontend| lock(&frontend).unfinished())
+    }
+
     /// What was done so far.
     pub fn counters(&self) -> ExportCounters {
         let stats = &self.shared.device.stats;

@@ -249,8 +249,10 @@ fn a_ring_that_does_not_drain_in_time_keeps_its_requests_for_later() {
     assert_eq!(guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap(), 1);
     assert!(asked.elapsed() < Duration::from_millis(250));
     assert!(guest.answers().is_empty());
+    assert_eq!(bench.server.unfinished(), 1);
     guest.restart();
     assert_eq!(guest.wait(1), vec![(head, 1)]);
+    assert_eq!(bench.server.unfinished(), 0);
     assert_eq!(guest.status(0), 0);
     assert_eq!(read_disk(&bench.device, 0, 4096), vec![0x11; 4096]);
 }
