@@ -40,3 +40,6 @@ pub use pull::{Pull, PullProgress, RemoteLayer};
 pub use receive::{LayerReceiver, Received};
 pub use ship::{ShipEnd, ShipSeal};
 pub use volume::{BaseImage, VolumeDir, VolumeSpec};
+
+#[cfg(test)]
+mod test;

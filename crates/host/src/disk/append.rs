@@ -52,6 +52,8 @@ pub(super) struct Log {
     group: Option<Group>,
     /// The segment at `point`; none before the first append after an unclean end.
     segment: Option<Arc<DataFile>>,
+    /// A segment that was begun, and that no appended record has told of yet.
+    begun: Option<Arc<DataFile>>,
     /// Whether the segment has records that are not durable.
     dirty: bool,
     /// Always zero but for its first two entries while a group is begun.
@@ -89,7 +91,15 @@ pub(super) enum AppendError {
 impl Log {
     /// Goes on at `point`, in `segment` if the log ends cleanly there, else in a new one.
     pub(super) fn new(ident: Ident, point: LogPoint, segment: Option<Arc<DataFile>>) -> Self {
-        Self { ident, point, group: None, segment, dirty: false, index: Box::new([0; BLOCK_LEN]) }
+        Self {
+            ident,
+            point,
+            group: None,
+            segment,
+            begun: None,
+            dirty: false,
+            index: Box::new([0; BLOCK_LEN]),
+        }
     }
 
     /// The end of the log; also closes the group, so that whole groups stand before it.
@@ -122,7 +132,7 @@ impl Log {
             Some(_) => u32::try_from(record.length_bytes / BLOCK_BYTES).unwrap_or(u32::MAX),
             None => 0,
         };
-        let begun = self.make_room(dir, blocks)?;
+        self.make_room(dir, blocks)?;
         let Some(segment) = self.segment.clone() else {
             return Err(AppendError::Unchanged(Error::new(
                 ErrorKind::Internal,
@@ -149,7 +159,7 @@ impl Log {
             group.payload_blocks += blocks;
         }
         self.dirty = true;
-        Ok(Appended { place, seq, segment: begun })
+        Ok(Appended { place, seq, segment: self.begun.take() })
     }
 
     fn place(&self, block: u32) -> Result<u32> {
@@ -233,19 +243,19 @@ impl Log {
     }
 
     /// Sees to it that a record of `blocks` fits into the open group, or into a new one in the segment at hand.
-    fn make_room(&mut self, dir: &Dir, blocks: u32) -> Result<Option<Arc<DataFile>>, AppendError> {
+    fn make_room(&mut self, dir: &Dir, blocks: u32) -> Result<(), AppendError> {
         let fits = |free_from: u32| {
             free_from.checked_add(blocks).is_some_and(|end| end <= self.ident.segment_blocks)
         };
         if let Some(group) = &self.group {
             let small = u64::from(group.payload_blocks) * BLOCK_BYTES < GROUP_PAYLOAD_BYTES;
             if group.entries < INDEX_ENTRIES - 1 && small && fits(self.point.block) {
-                return Ok(None);
+                return Ok(());
             }
             self.group = None;
         }
         if self.segment.is_some() && fits(self.point.block + 1) {
-            return Ok(None);
+            return Ok(());
         }
         if let Some(full) = &self.segment {
             // A segment is durable before the next one exists: recovery looks for a torn end in the last one only.
@@ -256,8 +266,9 @@ impl Log {
         let number = if self.segment.is_some() { self.point.segment + 1 } else { self.point.segment };
         let file = self.begin_segment(dir, number).map_err(AppendError::Unchanged)?;
         self.segment = Some(Arc::clone(&file));
+        self.begun = Some(file);
         self.point = LogPoint { segment: number, block: 1, ..self.point };
-        Ok(Some(file))
+        Ok(())
     }
 
     fn begin_segment(&self, dir: &Dir, number: u32) -> Result<Arc<DataFile>> {

@@ -10,10 +10,17 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags};
+
 use crate::error::{Context, ErrorKind, Result};
 
 #[cfg(test)]
 pub(super) mod record;
+
+/// Ends the name of a directory that is not whole yet.
+pub(super) const PARTIAL: &str = "partial";
+/// Slices that the kernel takes in one call.
+const SLICES_MAX: usize = 1024;
 
 /// A layer's directory.
 #[derive(Clone, Debug)]
@@ -53,22 +60,32 @@ impl Dir {
         &self.path
     }
 
-    /// Makes the directory itself, durably.
-    pub(super) fn make(&self) -> Result<()> {
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&self.path)
-            .with_context(|| format!("make directory {}", self.path.display()))?;
-        match self.path.parent() {
-            Some(parent) => sync_dir(parent),
-            None => Ok(()),
+    /// Makes the directory itself, durably, with what `fill` puts into it: whole, or not at all.
+    pub(super) fn make(&self, fill: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        let what = || format!("make directory {}", self.path.display());
+        if self.path.exists() {
+            return Err(crate::Error::new(ErrorKind::AlreadyExists, format!("{}: it exists", what())));
         }
+        let mut partial = self.clone();
+        partial.path = self.path.with_extension(PARTIAL);
+        if partial.path.exists() {
+            std::fs::remove_dir_all(&partial.path).with_context(what)?;
+        }
+        std::fs::DirBuilder::new().mode(0o700).create(&partial.path).with_context(what)?;
+        let filled = fill(&partial).and_then(|()| partial.sync()).and_then(|()| {
+            rustix::fs::renameat_with(CWD, &partial.path, CWD, &self.path, RenameFlags::NOREPLACE)
+                .with_context(what)
+        });
+        filled.inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&partial.path);
+        })?;
+        self.path.parent().map_or(Ok(()), sync_dir)
     }
 
     /// A new, empty file; what had the name before is gone.
     pub(super) fn create(&self, name: &str) -> io::Result<DataFile> {
         #[cfg(test)]
-        record::before_write(self.recorder.as_deref(), 0)?;
+        record::before_write(self.recorder.as_deref(), 1)?;
         let mut options = OpenOptions::new();
         let file =
             options.read(true).write(true).create(true).truncate(true).mode(0o600).open(self.at(name))?;
@@ -162,8 +179,9 @@ impl DataFile {
     pub(super) fn write(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()> {
         let length: usize = from.iter().map(|slice| slice.len()).sum();
         #[cfg(test)]
-        record::before_write(self.recorder.as_deref(), length)?;
-        let mut done = retry(|| rustix::io::pwritev(&self.file, from, offset))?;
+        record::before_write(self.recorder.as_deref(), (offset + length as u64).saturating_sub(self.len()?))?;
+        let first = from.get(..SLICES_MAX).unwrap_or(from);
+        let mut done = retry(|| rustix::io::pwritev(&self.file, first, offset))?;
         // A short write: a full disk, or a signal. Go on slice by slice, which then tells why.
         if done < length {
             let mut skip = done;
@@ -186,7 +204,11 @@ impl DataFile {
     /// Fills all of `into` from `offset` on.
     pub(super) fn read(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         let length: usize = into.iter().map(|slice| slice.len()).sum();
-        let mut done = retry(|| rustix::io::preadv(&self.file, into, offset))?;
+        let slices = into.len().min(SLICES_MAX);
+        let mut done = retry(|| {
+            let first = into.get_mut(..slices).unwrap_or_default();
+            rustix::io::preadv(&self.file, first, offset)
+        })?;
         if done < length {
             let mut skip = done;
             for slice in into {

@@ -1,5 +1,6 @@
 //! The header on disk: two slots, written in turn.
 
+use std::fs::File;
 use std::io::IoSlice;
 
 use whimbrel_wire::record::layer::Header;
@@ -14,6 +15,8 @@ const NAME: &str = "header";
 pub(super) struct HeaderFile {
     file: DataFile,
     header: Header,
+    /// Held by the one handle that may change the layer.
+    lock: Option<File>,
 }
 
 /// Why a header was not updated.
@@ -43,11 +46,12 @@ impl HeaderFile {
             file.write(slot.slot_offset(), &[IoSlice::new(slot.encode().as_slice())]).with_context(what)?;
         }
         file.sync().with_context(what)?;
-        Ok(Self { file, header: other })
+        Ok(Self { file, header: other, lock: None })
     }
 
-    /// Reads the newer valid slot.
+    /// Reads the newer valid slot. `writable`: takes the layer's lock too.
     pub(super) fn open(dir: &Dir, writable: bool) -> Result<Self> {
+        let lock = if writable { Some(dir.lock()?) } else { None };
         let what = || format!("open layer {}", dir.path().display());
         let file = dir.open(NAME, writable).with_context(what)?;
         let mut slots = [[0; Header::LEN]; 2];
@@ -63,7 +67,12 @@ impl HeaderFile {
                 error
             }
         })?;
-        Ok(Self { file, header })
+        Ok(Self { file, header, lock })
+    }
+
+    /// Gives the lock back: another handle may change the layer from here on.
+    pub(super) fn release(&mut self) {
+        self.lock = None;
     }
 
     pub(super) fn get(&self) -> &Header {
@@ -73,6 +82,12 @@ impl HeaderFile {
     /// Changes the header, durably, or not at all.
     pub(super) fn update(&mut self, change: impl FnOnce(&mut Header)) -> Result<(), UpdateError> {
         let what = || format!("update header of layer {}", self.header.disk_id);
+        if self.lock.is_none() {
+            return Err(UpdateError::Unchanged(Error::new(
+                ErrorKind::Refused,
+                format!("{}: not open for writing", what()),
+            )));
+        }
         let mut next = self.header.clone();
         change(&mut next);
         next.generation += 1;

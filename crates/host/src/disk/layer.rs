@@ -12,10 +12,9 @@
 //!
 //! Not here: bytes on disk (`append`, `recover`, `wire::record::layer`), shipping (`ship`, `receive`, `pull`).
 
-use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -149,8 +148,6 @@ pub(super) struct View {
 pub struct Layer {
     weak: Weak<Self>,
     pub(super) dir: Dir,
-    /// Held while the handle is writable.
-    _lock: Option<File>,
     pub(super) ident: Ident,
     size_bytes: u64,
     base: RwLock<Option<Arc<dyn BlockRead>>>,
@@ -163,7 +160,7 @@ pub struct Layer {
     syncing: Mutex<bool>,
     synced: Condvar,
     checkpoint_seq: AtomicU64,
-    checkpointing: AtomicBool,
+    checkpointing: Mutex<()>,
 }
 
 impl std::fmt::Debug for Layer {
@@ -192,11 +189,7 @@ impl Layer {
 
     pub(super) fn create_in(dir: &Dir, spec: &LayerSpec, state: State) -> Result<()> {
         let header = spec.header(state)?;
-        dir.make()?;
-        HeaderFile::create(dir, header).and_then(|_| dir.sync()).inspect_err(|_| {
-            // Nobody has seen it yet: a directory left behind would block the next try.
-            let _ = std::fs::remove_dir_all(dir.path());
-        })
+        dir.make(|dir| HeaderFile::create(dir, header).map(|_| ()))
     }
 
     /// Opens the layer in `path` over `base` (`None`: zeros). A writable handle makes `epoch` the layer's, durably,
@@ -240,7 +233,6 @@ impl Layer {
         writable: bool,
         check: impl FnOnce(&Header) -> Result<()>,
     ) -> Result<Arc<Self>> {
-        let lock = if writable { Some(dir.lock()?) } else { None };
         let mut file = HeaderFile::open(dir, writable)?;
         check(file.get())?;
         let header = file.get();
@@ -254,8 +246,9 @@ impl Layer {
         let mut gate = READ_ONLY;
         if writable {
             // What a dead process left in the page cache counts from here on, so it must be durable first.
-            for segment in &found.segments {
-                segment.sync().with_context(|| format!("open layer {}", file.get().disk_id))?;
+            // Segments before the last one were durable when it was begun.
+            if let Some(last) = found.segments.last() {
+                last.sync().with_context(|| format!("open layer {}", file.get().disk_id))?;
             }
             file.update(|header| {
                 header.epoch = epoch.unwrap_or(header.epoch);
@@ -278,7 +271,6 @@ impl Layer {
         Ok(Arc::new_cyclic(|weak| Self {
             weak: weak.clone(),
             dir: dir.clone(),
-            _lock: lock,
             ident,
             size_bytes,
             base: RwLock::new(base),
@@ -290,7 +282,7 @@ impl Layer {
             syncing: Mutex::new(false),
             synced: Condvar::new(),
             checkpoint_seq: AtomicU64::new(seq - found.replayed.min(seq)),
-            checkpointing: AtomicBool::new(false),
+            checkpointing: Mutex::new(()),
             header: Mutex::new(file),
         }))
     }
@@ -337,11 +329,15 @@ impl Layer {
         }
         self.shut(CLOSED);
         self.flush()?;
-        if let Err(problem) = self.checkpoint() {
+        // Waits for one in the background; none begins after this.
+        let _alone = self.checkpointing.lock();
+        if let Err(problem) = self.checkpoint_alone() {
             tracing::warn!(%problem, "layer: closed without a checkpoint");
         }
         let end = self.log.lock().end();
-        self.update_header(|header| header.clean_end = Some(end))
+        self.update_header(|header| header.clean_end = Some(end))?;
+        self.header.lock().release();
+        Ok(())
     }
 
     /// Refuses, from its return on, every write through this handle, and every later open before `epoch`. Reads and
@@ -716,14 +712,13 @@ impl Layer {
         Ok(())
     }
 
-    /// Saves the map, so that the next open replays only what comes after.
+    /// Saves the map, so that the next open replays only what comes after. Does nothing if that is under way.
     pub fn checkpoint(&self) -> Result<()> {
-        if self.checkpointing.swap(true, Ordering::AcqRel) {
+        let Some(_alone) = self.checkpointing.try_lock() else { return Ok(()) };
+        if self.gate.load(Ordering::Acquire) == CLOSED {
             return Ok(());
         }
-        let result = self.checkpoint_alone();
-        self.checkpointing.store(false, Ordering::Release);
-        result
+        self.checkpoint_alone()
     }
 
     fn checkpoint_alone(&self) -> Result<()> {
@@ -747,7 +742,7 @@ impl Layer {
     /// Starts a checkpoint on a thread of its own if enough was appended since the last one.
     fn checkpoint_if_due(&self) {
         let since = self.durable_seq.load(Ordering::Acquire) - self.checkpoint_seq.load(Ordering::Acquire);
-        if since < CHECKPOINT_RECORDS || self.checkpointing.load(Ordering::Acquire) {
+        if since < CHECKPOINT_RECORDS || self.checkpointing.is_locked() {
             return;
         }
         let Some(layer) = self.weak.upgrade() else { return };

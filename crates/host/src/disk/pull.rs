@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use whimbrel_engine::disk::extent_map::Piece;
@@ -28,6 +29,7 @@ use whimbrel_wire::record::layer::{BLOCK_BYTES, Run, RunKind, State, runs};
 
 use super::append::Record;
 use super::files::Dir;
+use super::header_file::HeaderFile;
 use super::layer::{Layer, LayerSpec};
 use super::slices;
 use crate::block_dev::{BlockDev, BlockRead, Extent};
@@ -63,6 +65,8 @@ pub struct Pull {
     base: Arc<PullBase>,
     /// Index of the first run, and block in it, that the pull in order has not looked at.
     cursor: Mutex<(usize, u64)>,
+    /// Fetched since this was opened, bytes.
+    fetched_bytes: AtomicU64,
 }
 
 impl std::fmt::Debug for Pull {
@@ -85,12 +89,15 @@ impl Pull {
         if all.iter().any(|run| run.end() > blocks) {
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: a range outside the disk", what())));
         }
-        Layer::create_in(dir, spec, State::Pulling)?;
         let data = all.iter().copied().filter(|run| run.kind != RunKind::Zero);
-        let file = dir.create(MAP_NAME).with_context(what)?;
-        file.write(0, &[IoSlice::new(&runs::encode(data))]).with_context(what)?;
-        file.sync().with_context(what)?;
-        dir.sync()?;
+        let bytes = runs::encode(data);
+        let header = spec.header(State::Pulling)?;
+        dir.make(|dir| {
+            HeaderFile::create(dir, header)?;
+            let file = dir.create(MAP_NAME).with_context(what)?;
+            file.write(0, &[IoSlice::new(&bytes)]).with_context(what)?;
+            file.sync().with_context(what)
+        })?;
         // Zeros need no fetching.
         let layer = Layer::open_in(dir, None, spec.epoch, true, |_| Ok(()))?;
         let mut log = layer.log_for_copy()?;
@@ -136,7 +143,7 @@ impl Pull {
             demanded: Mutex::default(),
         });
         layer.set_base(Some(Arc::clone(&base) as Arc<dyn BlockRead>));
-        Ok(Self { layer, base, cursor: Mutex::new((0, 0)) })
+        Ok(Self { layer, base, cursor: Mutex::new((0, 0)), fetched_bytes: AtomicU64::new(0) })
     }
 
     /// The layer; it stays the same handle when the pull is done.
@@ -158,8 +165,10 @@ impl Pull {
                 return Ok(PullProgress { total_bytes: total(&runs), left_bytes: 0, done: true });
             };
             if fetched >= bytes_max {
-                let left_bytes = total(runs.get(cursor.0..).unwrap_or_default()) - cursor.1 * BLOCK_BYTES;
-                return Ok(PullProgress { total_bytes: total(&runs), left_bytes, done: false });
+                let in_order = total(runs.get(cursor.0..).unwrap_or_default()) - cursor.1 * BLOCK_BYTES;
+                let total_bytes = total(&runs);
+                let not_fetched = total_bytes.saturating_sub(self.fetched_bytes.load(Ordering::Relaxed));
+                return Ok(PullProgress { total_bytes, left_bytes: in_order.min(not_fetched), done: false });
             }
             let demanded = self.base.demanded.lock().front().copied();
             if let Some(portion) = demanded {
@@ -191,6 +200,7 @@ impl Pull {
                 self.base.remote.fetch(offset, into)?;
                 self.put_absent(block, &bytes)?;
                 fetched += blocks * BLOCK_BYTES;
+                self.fetched_bytes.fetch_add(blocks * BLOCK_BYTES, Ordering::Relaxed);
             }
             block += blocks;
         }

@@ -125,7 +125,7 @@ pub(super) fn open_segments(
         });
         match head {
             Some(head) => segments.push((Arc::new(file), head)),
-            None if dir.has(&segment_name(number + 1)) || has_durable_group(&file, header, 1, 0)? => {
+            None if dir.has(&segment_name(number + 1)) || has_durable_group(&file, header, 1, None)? => {
                 return Err(damaged(header, format!("the head of {name} is damaged")));
             }
             None => break,
@@ -251,15 +251,16 @@ fn replay_segment(
         }
         believe(&entry, crc, &mut end);
     }
-    if has_durable_group(file, header, end.block.max(1), end.seq)? {
+    if has_durable_group(file, header, end.block.max(1), Some(end.seq))? {
         let why = format!("record {} is damaged, and it was durable", end.seq);
         return Err(damaged(header, why));
     }
     Ok(end)
 }
 
-/// Whether a group from `block` on says that record `seq` was durable before it was begun.
-fn has_durable_group(file: &DataFile, header: &Header, block: u32, seq: u64) -> Result<bool> {
+/// Whether a group from `block` on says that record `seq` (none: the first one found) was durable before it was begun.
+fn has_durable_group(file: &DataFile, header: &Header, block: u32, seq: Option<u64>) -> Result<bool> {
+    let mut seq = seq;
     let mut chunk = vec![0; 256 * BLOCK_LEN];
     let mut offset = u64::from(block) * BLOCK_BYTES;
     loop {
@@ -267,11 +268,11 @@ fn has_durable_group(file: &DataFile, header: &Header, block: u32, seq: u64) -> 
         let length = length.with_context(|| format!("read log of layer {}", header.disk_id))?;
         for (bytes, at) in chunk.get(..length).unwrap_or_default().chunks_exact(BLOCK_LEN).zip(0u64..) {
             let here = offset / BLOCK_BYTES + at;
-            let found = GroupHead::decode(bytes).is_some_and(|(head, _)| {
-                let ours = head.salt == header.salt && u64::from(head.block) == here;
-                ours && head.epoch <= header.epoch && head.durable_seq >= seq
-            });
-            if found {
+            let Some((head, _)) = GroupHead::decode(bytes) else { continue };
+            if head.salt != header.salt || u64::from(head.block) != here || head.epoch > header.epoch {
+                continue;
+            }
+            if head.durable_seq >= *seq.get_or_insert(head.first_seq) {
                 return Ok(true);
             }
         }

@@ -20,7 +20,7 @@ use whimbrel_wire::size::show_bytes;
 use whimbrel_wire::{DiskId, Epoch, ImageId};
 
 use super::check::{Report, check};
-use super::files::Dir;
+use super::files::{Dir, PARTIAL};
 use super::header_file::HeaderFile;
 use super::layer::{Layer, LayerSpec, remove};
 use super::pull::{Pull, RemoteLayer};
@@ -70,10 +70,19 @@ pub struct VolumeDir {
 }
 
 impl VolumeDir {
-    /// The volumes under `data`, the agent's data directory; makes the directory if it is missing.
+    /// The volumes under `data`, the agent's data directory; makes the directory if it is missing. Called once, at
+    /// the agent's start: it removes what a crash left half made.
     pub fn new(data: &Path) -> Result<Self> {
         let root = data.join("volumes");
-        std::fs::create_dir_all(&root).with_context(|| format!("make directory {}", root.display()))?;
+        let what = || format!("make directory {}", root.display());
+        std::fs::create_dir_all(&root).with_context(what)?;
+        // Layers that a crash left half made; they never had their name.
+        for entry in std::fs::read_dir(&root).with_context(what)? {
+            let path = entry.with_context(what)?.path();
+            if path.extension().is_some_and(|extension| extension == PARTIAL) {
+                std::fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+            }
+        }
         Ok(Self { root })
     }
 

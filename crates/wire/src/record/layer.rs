@@ -92,3 +92,54 @@ pub(crate) mod field {
         }
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    struct Random(u64);
+    impl Random {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 as usize % limit.max(1)
+        }
+    }
+
+    fn decode_everything(bytes: &[u8]) {
+        let _ = Header::decode(bytes);
+        let _ = Header::newest([bytes, bytes.get(..bytes.len() / 2).unwrap_or_default()]);
+        let _ = SegmentHead::decode(bytes);
+        let _ = GroupHead::decode(bytes);
+        let _ = Entry::decode(bytes).map(|(entry, _)| entry.payload_blocks());
+        let _ = runs::decode(bytes);
+        let _ = ShipChunk::decode(bytes);
+        let _ = ShipPosition::decode(bytes);
+    }
+
+    /// Strangers' bytes: random ones, and good ones with damage whose checksums were made to fit again.
+    #[test]
+    fn no_bytes_make_a_decoder_panic() {
+        let mut random = Random(0x2545_f491_4f6c_dd1d);
+        for _ in 0..20_000 {
+            let length = [0, 24, 63, 64, 72, 100, 4095, 4096, 5000][random.below(9)];
+            let mut bytes: Vec<u8> = (0..length).map(|_| random.below(256) as u8).collect();
+            decode_everything(&bytes);
+            let magic: &[u8] = [b"WHMBLYR1", b"WHMBSEG1", b"WHMBMAP1", b"WHMBSHP1"][random.below(4)];
+            field::put(&mut bytes, 0, magic);
+            field::put(&mut bytes, 8, &1u32.to_le_bytes());
+            for (at, from, to) in [(0, 4, 64), (12, 16, 72), (12, 24, length)] {
+                let mut sealed = bytes.clone();
+                let crc = crc32c::crc32c(sealed.get(from..to).unwrap_or_default());
+                field::put(&mut sealed, at, &crc.to_le_bytes());
+                decode_everything(&sealed);
+            }
+            if length == 4096 {
+                let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..12]), &bytes[16..]);
+                field::put(&mut bytes, 12, &crc.to_le_bytes());
+                decode_everything(&bytes);
+            }
+        }
+    }
+}

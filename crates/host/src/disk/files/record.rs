@@ -23,10 +23,12 @@ pub(in crate::disk) enum Op {
 #[derive(Debug)]
 pub(in crate::disk) struct Recorder {
     pub(in crate::disk) ops: Mutex<Vec<Op>>,
-    /// Bytes that may still be written before the disk is full.
+    /// Bytes by which files may still grow before the disk is full.
     pub(in crate::disk) space: AtomicU64,
     pub(in crate::disk) sync_fails: AtomicBool,
     pub(in crate::disk) syncs: AtomicU64,
+    /// How long each sync takes.
+    pub(in crate::disk) sync_ms: AtomicU64,
     /// Whether ops are kept; counting goes on without.
     pub(in crate::disk) keep: AtomicBool,
 }
@@ -38,6 +40,7 @@ impl Default for Recorder {
             space: AtomicU64::new(u64::MAX),
             sync_fails: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
+            sync_ms: AtomicU64::new(0),
             keep: AtomicBool::new(true),
         }
     }
@@ -55,9 +58,9 @@ pub(super) fn note(recorder: Option<&Recorder>, op: impl FnOnce() -> Op) {
     }
 }
 
-pub(super) fn before_write(recorder: Option<&Recorder>, length: usize) -> io::Result<()> {
+pub(super) fn before_write(recorder: Option<&Recorder>, length: u64) -> io::Result<()> {
     let Some(recorder) = recorder else { return Ok(()) };
-    let take = |space: u64| if space == u64::MAX { Some(space) } else { space.checked_sub(length as u64) };
+    let take = |space: u64| if space == u64::MAX { Some(space) } else { space.checked_sub(length) };
     match recorder.space.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
         Ok(_) => Ok(()),
         Err(_) => Err(io::ErrorKind::StorageFull.into()),
@@ -67,6 +70,7 @@ pub(super) fn before_write(recorder: Option<&Recorder>, length: usize) -> io::Re
 pub(super) fn before_sync(recorder: Option<&Recorder>) -> io::Result<()> {
     let Some(recorder) = recorder else { return Ok(()) };
     recorder.syncs.fetch_add(1, Ordering::Relaxed);
+    std::thread::sleep(std::time::Duration::from_millis(recorder.sync_ms.load(Ordering::Relaxed)));
     if recorder.sync_fails.load(Ordering::Relaxed) {
         Err(io::Error::from_raw_os_error(libc::EIO))
     } else {
