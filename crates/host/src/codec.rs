@@ -35,7 +35,13 @@ impl Compressor {
     pub fn compress(&mut self, level: i32, raw: &[u8], out: &mut [u8]) -> Result<Option<usize>> {
         self.set_level(level)?;
         // The only thing that can go wrong in a single call on valid buffers is that the output does not fit.
-        Ok(self.context.compress_to_buffer(raw, out).ok())
+        let packed = self.context.compress_to_buffer(raw, out).ok();
+        if packed.is_none() {
+            // The context is left in the middle of a frame, where it takes no other level.
+            let reset = self.context.context_mut().reset(zstd::zstd_safe::ResetDirective::SessionOnly);
+            reset.map_err(|_| Error::new(ErrorKind::Internal, "reset zstd compressor"))?;
+        }
+        Ok(packed)
     }
 
     /// Compresses `raw` into a new buffer, however long it gets.

@@ -16,7 +16,7 @@
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -134,8 +134,10 @@ impl QemuProcess {
 
     /// Returns when it has ended.
     pub async fn exited(&self) -> Result<()> {
-        // SAFETY: the registration borrows the descriptor and ends within this function.
-        let watch = unsafe { AsyncFd::register_with_interest(self.pidfd.as_fd(), Interest::READABLE) };
+        // A descriptor of its own for each who waits: the reactor takes one only once.
+        let own = self.pidfd.try_clone().context("watch QEMU")?;
+        // SAFETY: the registration owns its descriptor, which stays open for as long as it lasts.
+        let watch = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) };
         let watch = watch.map_err(io::Error::from).context("watch QEMU")?;
         let ready = watch.readable().await.context("watch QEMU")?;
         drop(ready);
