@@ -35,7 +35,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use uuid::Uuid;
 use whimbrel_engine::migrate::handover::{Cas, CasResult, Offer, Outcome, Seen, Side, Source, Target};
-use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
+use whimbrel_wire::api::{DiskMove, PostCopy, TaskKind, VmMigrate};
 use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
 use whimbrel_wire::{AttemptId, HostId, Name};
 
@@ -162,6 +162,9 @@ impl Migrations {
         }
         if request.post_copy == PostCopy::Now {
             return refuse(ErrorKind::Unsupported, "post-copy is not in this release".into());
+        }
+        if request.disk == DiskMove::OnDemand {
+            return refuse(ErrorKind::Unsupported, "--disk on-demand is not in this release".into());
         }
         if record.state != VmState::Running && record.state != VmState::Migrating {
             return refuse(ErrorKind::Refused, format!("it is {:?}", record.state));

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use whimbrel_engine::migrate::handover::{
     Action, Event, JournalEntry, Outcome, Side, Source, SourceWork, Step,
 };
@@ -61,6 +62,8 @@ pub trait Machine: Send + 'static {
     fn attempt(&self) -> AttemptId;
     /// The VM it is about.
     fn vm(&self) -> Name;
+    /// Whether this work first stops whatever other work is under way.
+    fn ends_others(work: Self::Work) -> bool;
 }
 
 impl Machine for Source {
@@ -89,6 +92,9 @@ impl Machine for Source {
     fn vm(&self) -> Name {
         self.offer().vm.clone()
     }
+    fn ends_others(work: SourceWork) -> bool {
+        matches!(work, SourceWork::ResumeHere | SourceWork::Release)
+    }
 }
 
 impl Machine for Target {
@@ -116,6 +122,9 @@ impl Machine for Target {
     }
     fn vm(&self) -> Name {
         self.offer().vm.clone()
+    }
+    fn ends_others(work: TargetWork) -> bool {
+        matches!(work, TargetWork::Discard)
     }
 }
 
@@ -165,6 +174,7 @@ pub async fn run<M: Machine, H: Hands<M>>(
 ) -> Outcome {
     let watch = tokio::spawn(watch_record::<M>(Arc::clone(&meta), machine.vm(), events.clone()));
     let mut actions = Vec::new();
+    let mut under_way = Vec::new();
     machine.step(clock::now(), Event::Tick, &mut actions);
     let outcome = loop {
         let context = Performing {
@@ -174,7 +184,7 @@ pub async fn run<M: Machine, H: Hands<M>>(
             attempt: machine.attempt(),
             vm: machine.vm(),
         };
-        match context.perform(&hands, &mut actions).await {
+        match context.perform(&hands, &mut actions, &mut under_way).await {
             Ok(Some(outcome)) => break outcome,
             Ok(None) => {}
             Err(error) => {
@@ -218,6 +228,7 @@ impl<M: Machine> Performing<'_, M> {
         &self,
         hands: &Arc<H>,
         actions: &mut Vec<Action<M::Out, M::Work>>,
+        under_way: &mut Vec<JoinHandle<()>>,
     ) -> Result<Option<Outcome>, Error> {
         for action in std::mem::take(actions) {
             match action {
@@ -227,7 +238,16 @@ impl<M: Machine> Performing<'_, M> {
                     failpoint::reach(M::SIDE, step).await;
                 }
                 Action::Send(message) => hands.send(message),
-                Action::Do(work) => self.begin(hands, work),
+                Action::Do(work) => {
+                    under_way.retain(|task| !task.is_finished());
+                    if M::ends_others(work) {
+                        for task in under_way.drain(..) {
+                            task.abort();
+                            let _ = task.await;
+                        }
+                    }
+                    under_way.push(self.begin(hands, work));
+                }
                 Action::Read(id) => {
                     let (meta, events, vm) = (Arc::clone(self.meta), self.events.clone(), self.vm.clone());
                     tokio::spawn(async move {
@@ -258,7 +278,7 @@ impl<M: Machine> Performing<'_, M> {
         self.journal.write(entry, sync)
     }
 
-    fn begin<H: Hands<M>>(&self, hands: &Arc<H>, work: M::Work) {
+    fn begin<H: Hands<M>>(&self, hands: &Arc<H>, work: M::Work) -> JoinHandle<()> {
         let (hands, events) = (Arc::clone(hands), self.events.clone());
         tokio::spawn(async move {
             tracing::debug!(?work, "work of a move begins");
@@ -270,7 +290,7 @@ impl<M: Machine> Performing<'_, M> {
                 }
             };
             let _ = events.send(event).await;
-        });
+        })
     }
 }
 

@@ -45,6 +45,10 @@ impl Journal {
     /// Forgets an attempt.
     pub fn remove(&self, attempt: AttemptId, side: Side) {
         let _ = fs::remove_file(self.path(attempt, side));
+        // An entry that came back after power loss would have its `Release` done to a newer copy.
+        if let Err(error) = fs::File::open(&self.dir).and_then(|dir| dir.sync_all()) {
+            tracing::warn!(%error, "the end of a move was not made durable");
+        }
     }
 
     /// Every entry that is there. One that cannot be read is reported and left: an operator has to look.

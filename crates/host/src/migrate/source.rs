@@ -42,6 +42,8 @@ use crate::vm::{Busy, LocalVm};
 
 /// Limit for opening a stream to the target.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// How long the record is waited for where it is only a hint.
+const RECORD_LIMIT: Duration = Duration::from_millis(500);
 /// How long a running disk request has to end when the guest is paused.
 const FENCE_LIMIT: Duration = Duration::from_secs(4);
 /// After a round that fits, so long is waited for the order to pause before the next round.
@@ -418,17 +420,17 @@ impl SourceSide {
             Some(copying) => copying.abandon(&vm),
             None => self.shared.vms.forget_tracking(&vm),
         }
-        let record =
-            records::must::<VmRecord>(&*self.shared.meta, &key::vm(&vm.name), &format!("vm {}", vm.name))
-                .await;
-        if let Ok(record) = record {
-            // Handed back, the right is newer than the one it ran under.
-            vm.set_epoch(record.value.right.epoch);
-        }
         vm.serve_disks(self.shared.vms.volumes()).await?;
         let qmp = vm.qmp().await?;
         if qmp.run_state().await? != "running" {
             qmp.cont().await?;
+        }
+        // Handed back, the right is newer than the one it ran under. Read after the guest goes on: it waits for nobody.
+        let (meta, key) = (&*self.shared.meta, key::vm(&vm.name));
+        if let Ok(Ok(Some(record))) =
+            tokio::time::timeout(RECORD_LIMIT, records::get::<VmRecord>(meta, &key)).await
+        {
+            vm.set_epoch(record.value.right.epoch);
         }
         if let Some(at) = self.paused_at.lock().take() {
             tracing::info!(vm = %vm.name, paused_ms = at.elapsed().as_millis(), "guest goes on at the source");

@@ -54,6 +54,8 @@ pub struct TargetSide {
     events: Events<Target>,
     task: TaskHandle,
     vm: Mutex<Option<Arc<LocalVm>>>,
+    /// The volumes' records as last read: after COMMIT the guest must not wait for the store once more.
+    volumes: Mutex<HashMap<Name, VolumeRecord>>,
     arrived: Mutex<Arrived>,
     /// Mode B: QEMU's stream.
     qemu: tokio::sync::Mutex<Option<stream::Target>>,
@@ -122,7 +124,7 @@ async fn take_message(
         (None, ToTarget::Offer(offer))
             if offer.attempt == attempt && offer.target == shared.host && offer.source == peer.host =>
         {
-            TargetSide::begin(shared, Target::new((**offer).clone(), clock::now()), sender.clone())
+            TargetSide::begin(shared, Target::new((**offer).clone(), clock::now()), sender.clone(), None)
         }
         _ => return sender.send(attempt, ToSource::Gone),
     };
@@ -158,7 +160,12 @@ async fn serve_data(
 
 impl TargetSide {
     /// Starts a machine.
-    fn begin(shared: &Arc<Shared>, machine: Target, control: control::Sender) -> Arc<Self> {
+    fn begin(
+        shared: &Arc<Shared>,
+        machine: Target,
+        control: control::Sender,
+        vm: Option<Arc<LocalVm>>,
+    ) -> Arc<Self> {
         let (events, queue) = driver::queue::<Target>();
         let offer = machine.offer().clone();
         let task = super::task_for(shared, &offer.vm);
@@ -169,7 +176,8 @@ impl TargetSide {
             control,
             events: events.clone(),
             task,
-            vm: Mutex::default(),
+            vm: Mutex::new(vm),
+            volumes: Mutex::default(),
             arrived: Mutex::default(),
             qemu: tokio::sync::Mutex::default(),
         });
@@ -186,12 +194,13 @@ impl TargetSide {
 
     /// Goes on after a restart of the agent.
     pub(super) async fn take_up(shared: &Arc<Shared>, machine: Target) -> Result<()> {
-        let name = machine.offer().vm.clone();
-        let side = Self::begin(shared, machine, control::Sender::default());
-        if let Some(local) = shared.vms.local_record(&name)? {
-            let record = side.record().await?;
-            *side.vm.lock() = shared.vms.reattach(&local, record.right.epoch, false).await?;
-        }
+        let offer = machine.offer().clone();
+        // Before the machine moves: it must find the QEMU that may be running the guest already.
+        let vm = match shared.vms.local_record(&offer.vm)? {
+            Some(local) => shared.vms.reattach(&local, offer.epoch.next(), false).await?,
+            None => None,
+        };
+        Self::begin(shared, machine, control::Sender::default(), vm);
         Ok(())
     }
 
@@ -274,6 +283,7 @@ impl TargetSide {
             let volume = self.volume(name).await?;
             // The image under it must be readable from here before anything is moved.
             vms.volumes().open_base(&volume).await.with_context(action)?;
+            self.volumes.lock().insert(name.clone(), volume);
         }
         Ok(())
     }
@@ -410,8 +420,7 @@ impl TargetSide {
             if !vm.process.is_alive() {
                 return Err(Error::new(ErrorKind::Unavailable, "resume: the incoming QEMU has ended"));
             }
-            let record = self.record().await?;
-            vm.set_epoch(record.right.epoch);
+            vm.set_epoch(self.offer.epoch.next());
             self.open_layers().await?;
             vm.serve_disks(self.shared.vms.volumes()).await?;
             vm.write_record(self.shared.vms.config(), false)?;
@@ -430,9 +439,15 @@ impl TargetSide {
         let came: Vec<(Name, Received)> = self.arrived.lock().layers.drain().collect();
         let volumes = self.shared.vms.volumes().clone();
         for (name, received) in came {
-            let record = self.volume(&name).await?;
+            let known = self.volumes.lock().get(&name).cloned();
+            let record = match known {
+                Some(record) => record,
+                None => self.volume(&name).await?,
+            };
             let base = volumes.open_base(&record).await?.map(|(_, disk)| disk);
-            let epoch = record.right.epoch;
+            // COMMIT passed every volume's right on with the VM's: one epoch later than it was read.
+            let passed = record.right.holder != self.shared.host;
+            let epoch = if passed { record.right.epoch.next() } else { record.right.epoch };
             let opened = tokio::task::spawn_blocking(move || received.open(base, epoch)).await;
             volumes.keep(record.disk_id, joined(opened)?.with_context(|| format!("open volume {name}"))?);
         }

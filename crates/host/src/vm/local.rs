@@ -287,10 +287,16 @@ impl LocalVm {
             if disk.slot.state() == SlotState::Active {
                 continue;
             }
-            let what = format!("volume {}", disk.volume);
-            let key = key::volume(&disk.volume);
-            let record = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?;
-            let layer = volumes.open(&record.value).await?;
+            // An open layer needs no word of the store: it is ours until somebody fences it.
+            let layer = match volumes.opened(disk.disk_id) {
+                Some(layer) => layer,
+                None => {
+                    let what = format!("volume {}", disk.volume);
+                    let key = key::volume(&disk.volume);
+                    let record = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?;
+                    volumes.open(&record.value).await?
+                }
+            };
             disk.slot.activate(layer)?;
         }
         Ok(())
