@@ -150,11 +150,33 @@ fn deny() -> Result<()> {
 
 fn tests(options: &Options) -> Result<()> {
     let nextest = tool("cargo-nextest")?;
-    let mut c = cmd(nextest, &["nextest", "run", "--workspace", "--profile", "ci"]);
+    let home = paths::target().join("qemu");
+    let (mut c, home) = if reachable_by_all(&home) || !install::is_root() {
+        (cmd(nextest, &[]), home)
+    } else {
+        // Tests start QEMU as an unprivileged user, who cannot walk to a checkout in root's own directory.
+        let mut c = cmd(
+            "unshare",
+            &["--mount", "sh", "-c", "mount --bind \"$1\" /mnt && shift && exec \"$@\"", "sh"],
+        );
+        c.arg(&home).arg(nextest);
+        (c, PathBuf::from("/mnt"))
+    };
+    let programs =
+        qemu::ensure_all()?.into_iter().map(|q| home.join(q.version.name()).join("bin/qemu-system-x86_64"));
+    let programs: Vec<String> = programs.map(|p| p.display().to_string()).collect();
+    c.args(["nextest", "run", "--workspace", "--profile", "ci"])
+        .env("WHIMBREL_TEST_QEMU", programs.join(":"));
     if options.long {
         c.args(["--run-ignored", "all"]).env("WHIMBREL_LONG", "1");
     }
     run(c.current_dir(paths::workspace()))
+}
+
+/// Whether every user may walk to this path.
+fn reachable_by_all(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+    path.ancestors().all(|p| p.metadata().is_ok_and(|m| m.permissions().mode() & 0o001 != 0))
 }
 
 fn simulator(options: &Options) -> Result<()> {

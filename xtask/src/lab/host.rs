@@ -140,7 +140,7 @@ impl Host {
         let log = log.context("open the agent's log")?;
         let mut c = self.command(whimbrel);
         c.arg("--socket").arg(self.socket()).args(["agent", "--config"]).arg(self.config_path());
-        c.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
+        c.env("WHIMBREL_LOG", std::env::var("WHIMBREL_LOG").unwrap_or_else(|_| "info".to_owned()));
         c.env("NO_COLOR", "1").env_remove("WHIMBREL_FAILPOINT").envs(env.iter().copied());
         c.stdout(Stdio::from(log.try_clone().context("share the agent's log")?)).stderr(Stdio::from(log));
         let child = c.spawn().with_context(|| format!("start the agent of {}", self.name))?;
