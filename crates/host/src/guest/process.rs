@@ -259,7 +259,9 @@ fn start(plan: &LaunchPlan, arguments: &[OsString]) -> Result<QemuProcess> {
     if has_systemd() {
         command = Command::new("systemd-run");
         command.args(["--scope", "--quiet", "--collect", "--slice=whimbrel-vms.slice"]);
-        command.arg(format!("--unit=whimbrel-vm-{}", plan.name));
+        // A name of its own: the scope of one that just ended lingers, and two agents may share this systemd.
+        let unique = uuid::Uuid::new_v4().simple().to_string();
+        command.arg(format!("--unit=whimbrel-vm-{}-{}", plan.name, &unique[..8]));
         // Making a scope takes our rights; systemd-run gives them up afterwards.
         if let Some((uid, gid)) = user.take() {
             command.args([format!("--uid={uid}"), format!("--gid={gid}")]);

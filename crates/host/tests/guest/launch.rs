@@ -14,6 +14,12 @@ use crate::support::{Wanted, plan, qemus, start};
 /// `nobody` and `nogroup`.
 const NOBODY: (u32, u32) = (65534, 65534);
 
+fn parent_and_session(pid: u32) -> (u32, u32) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    (fields[1].parse().unwrap(), fields[3].parse().unwrap())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_runs_as_its_own_user_in_its_own_session_and_is_found_again() {
     for qemu in qemus().await {
@@ -23,14 +29,13 @@ async fn a_vm_runs_as_its_own_user_in_its_own_session_and_is_found_again() {
         vm.prints(5).await;
         let process = &vm.started.process;
         let proc = std::fs::metadata(format!("/proc/{}", process.pid())).unwrap();
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        let (parent, session): (u32, u32) = (fields[1].parse().unwrap(), fields[3].parse().unwrap());
+        let (parent, session) = parent_and_session(process.pid());
         assert_ne!(parent, std::process::id(), "a VM must not be the agent's child");
-        assert_ne!(
-            Some(session),
-            rustix::process::getsid(None).ok().map(|id| id.as_raw_nonzero().get() as u32)
-        );
+        assert_ne!(session, parent_and_session(std::process::id()).1);
+        if std::path::Path::new("/run/systemd/system").is_dir() {
+            let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid())).unwrap();
+            assert!(cgroup.contains("whimbrel-vms.slice/whimbrel-vm-user-"), "{cgroup}");
+        }
         if let Some((uid, _)) = user {
             assert_eq!(proc.uid(), uid);
             assert_eq!(std::fs::metadata(&vm.plan.ram_path).unwrap().uid(), uid);
