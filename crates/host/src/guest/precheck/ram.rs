@@ -145,10 +145,13 @@ fn file_mappings(
         return Err("a directory, the file in it has no name: state a file".to_owned());
     }
     let kind = rustix::fs::statfs(path).map_err(|error| format!("statfs: {error}"))?.f_type;
-    if kind != TMPFS_MAGIC && kind != HUGETLBFS_MAGIC {
+    if kind == HUGETLBFS_MAGIC {
         return Err(
-            "not on tmpfs or hugetlbfs, where writes can be tracked: put it below /dev/shm".to_owned()
+            "on hugetlbfs, which a target cannot fill: use tmpfs, with transparent huge pages".to_owned()
         );
+    }
+    if kind != TMPFS_MAGIC {
+        return Err("not on tmpfs, where writes can be tracked: put it below /dev/shm".to_owned());
     }
     let name = path.to_string_lossy();
     let own = mappings.iter().filter(|one| one.shared && one.inode == file.ino() && one.path == name);
