@@ -48,7 +48,7 @@ mod write;
 pub use credentials::{
     CertificateInfo, Credentials, PeerIdentity, certificate_from_pem, identity_uri, read_certificate,
 };
-pub use dial::join;
+pub use dial::{connect_api, join};
 pub(crate) use frame::{Frame, read_frame, to_json, write_frame};
 pub use own::own_addresses;
 pub use router::Router;
@@ -290,7 +290,12 @@ impl Links {
         let certificate = certificate
             .ok_or_else(|| Error::new(ErrorKind::Denied, "shake hands: the peer showed no certificate"))?;
         let peer = read_certificate(certificate)?.identity;
-        socket.traffic.charge(&peer.host, self.peer(&peer.host).health.clone());
+        // Only a host's name is a host's: an operator may bear the same one.
+        if peer.role == Role::Host {
+            socket.traffic.charge(peer.host.as_str(), self.peer(&peer.host).health.clone());
+        } else {
+            socket.traffic.charge(peer.role.as_str(), Arc::default());
+        }
         let stream = PeerStream::new(tls, peer, &self.0.registry)?;
         // Checked after the registration: a removal at this moment finds the connection or is found here.
         self.check_not_refused(stream.peer())?;

@@ -266,6 +266,24 @@ pub fn encode<R: Serialize>(key: &str, record: &R) -> Result<Vec<u8>> {
         .map_err(|error| Error::with_source(ErrorKind::Internal, format!("write record {key}"), error))
 }
 
+/// A record as JSON that replaces `old`: fields of `old` that this release does not know are kept, so that releases
+/// N and N−1 may change the same record.
+pub fn encode_over<R: Serialize + DeserializeOwned>(key: &str, old: &[u8], record: &R) -> Result<Vec<u8>> {
+    let fields = |bytes: &[u8]| serde_json::from_slice::<serde_json::Map<_, _>>(bytes).unwrap_or_default();
+    let known = fields(&encode(key, &parse::<R>(key, old)?)?);
+    let bytes = encode(key, record)?;
+    let mut unknown = fields(old);
+    unknown.retain(|name, _| !known.contains_key(name));
+    if unknown.is_empty() {
+        return Ok(bytes);
+    }
+    let mut new: serde_json::Map<String, serde_json::Value> = fields(&bytes);
+    for (name, value) in unknown {
+        new.entry(name).or_insert(value);
+    }
+    encode(key, &new)
+}
+
 /// Changes one record by compare-and-swap, until it succeeds or `deadline` runs out. `change` gets the record as
 /// it stands (`None`: there is none) and returns it as it is to be (`None`: removed); it may run several times,
 /// and its error ends the loop. Returns what stands there now.
@@ -284,7 +302,10 @@ where
         let item = store.get(key).await.with_context(|| format!("read record {key}"))?;
         let old = item.as_ref().map(|item| parse(key, &item.value)).transpose()?;
         let new = change(old)?;
-        let bytes = new.as_ref().map(|record| encode(key, record)).transpose()?;
+        let bytes = match (&item, &new) {
+            (Some(item), Some(new)) => Some(encode_over::<R>(key, &item.value, new)?),
+            (_, new) => new.as_ref().map(|record| encode(key, record)).transpose()?,
+        };
         if bytes.as_ref() == item.as_ref().map(|item| &item.value) {
             return Ok(new);
         }

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use whimbrel_wire::Role;
 use whimbrel_wire::meta::{HostRecord, TokenRecord, key};
-use whimbrel_wire::peer::cluster::{
-    JoinAnswer, JoinRequest, Member, MetaLocation, RenewAnswer, RenewRequest,
-};
+use whimbrel_wire::peer::cluster::{JoinAnswer, JoinRequest, MetaLocation, RenewAnswer, RenewRequest};
 
 use super::authority::{Authority, Subject, life_s};
 use super::files::{Files, Membership};
@@ -46,6 +44,13 @@ impl Service {
         host_life_s: u64,
     ) -> Result<Arc<Self>> {
         let (membership, ca_pem, authority) = (files.membership()?, files.ca_pem()?, files.authority()?);
+        let signer = &membership.signer;
+        if links.addresses(&signer.name).is_empty() {
+            links.set_addresses(
+                &signer.name,
+                signer.addresses.iter().filter_map(|it| it.parse().ok()).collect(),
+            );
+        }
         Ok(Arc::new(Self { store, links, membership, ca_pem, authority, host_life_s }))
     }
 
@@ -148,16 +153,18 @@ impl Service {
     }
 
     fn answer(&self, role: Role, certificate_pem: String) -> JoinAnswer {
-        let me = Member {
-            name: self.membership.name.clone(),
-            addresses: self.membership.signer.addresses.clone(),
-        };
+        // The signer answers: where it is reached now may differ from when the cluster was made.
+        let mut me = self.membership.signer.clone();
+        let known = self.links.addresses(&me.name);
+        if !known.is_empty() {
+            me.addresses = known.iter().map(ToString::to_string).collect();
+        }
         JoinAnswer {
             certificate_pem,
             ca_pem: self.ca_pem.clone(),
             role,
             cluster: self.membership.cluster.clone(),
-            signer: self.membership.signer.clone(),
+            signer: me.clone(),
             meta: match &self.membership.meta {
                 MetaLocation::Sqlite { .. } => MetaLocation::Served { by: me },
                 other => other.clone(),

@@ -35,10 +35,7 @@ fn free_address() -> SocketAddr {
 
 async fn start(dir: &Path, store: &Arc<SqliteStore>, address: SocketAddr, life_s: u64) -> Node {
     let files = Files::open(dir).unwrap();
-    let membership = files.membership().unwrap();
     let links = Links::new(files.credentials(Role::Host).unwrap(), LinkOptions::default()).unwrap();
-    let signer = membership.signer.addresses.iter().map(|it| it.parse().unwrap()).collect();
-    links.set_addresses(&membership.signer.name, signer);
     let service = Service::with_life(store.clone(), links.clone(), &files, life_s).unwrap();
     let router = Router::new()
         .call("host.who", |peer: PeerIdentity, _: (), _| async move { Ok((peer.to_string(), Bytes::new())) });

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::{TlsConnector, TlsStream};
 use whimbrel_wire::peer::cluster::{JoinAnswer, JoinRequest};
-use whimbrel_wire::peer::{FrameKind, Hello, Open, ProtocolVersion, Welcome};
+use whimbrel_wire::peer::{ALPN_HTTP, FrameKind, Hello, Open, ProtocolVersion, Welcome};
 use whimbrel_wire::{HostId, Role, Time};
 
 use super::conn::Conn;
@@ -175,6 +175,18 @@ async fn say_hello(io: &mut (impl AsyncRead + AsyncWrite + Unpin), hello: &Frame
         FrameKind::Failed => Err(answer.error()),
         kind => Err(Error::new(ErrorKind::InvalidInput, format!("wait for a welcome: got {kind:?}"))),
     }
+}
+
+/// Connects to the remote API of the member at `address`: HTTP/1.1 is spoken over the result.
+pub async fn connect_api(links: &Links, address: SocketAddr) -> Result<PeerStream> {
+    let what = || format!("connect to the API at {address}");
+    let config = tls::client(links.credentials(), ALPN_HTTP)?;
+    let stream = connect(address, config, links.options()).await.and_then(|tls| links.admit(tls));
+    let stream = stream.with_context(what)?;
+    if stream.peer().role != Role::Host {
+        return Err(Error::new(ErrorKind::Denied, format!("{}: {} answered there", what(), stream.peer())));
+    }
+    Ok(stream)
 }
 
 /// Asks the host at `address`, which must show a certificate of the authority with this fingerprint, for a

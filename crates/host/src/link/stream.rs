@@ -2,6 +2,10 @@
 //!
 //! Invariant: whoever holds a [`PeerStream`] knows who is at the other end.
 
+use super::credentials::PeerIdentity;
+use crate::clock;
+use crate::error::{Context, Result};
+use crate::metrics::metrics;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
 use rustix::net::{Shutdown, shutdown, sockopt};
@@ -16,12 +20,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
-use whimbrel_wire::HostId;
-
-use super::credentials::PeerIdentity;
-use crate::clock;
-use crate::error::{Context, Result};
-use crate::metrics::metrics;
 
 /// When a peer was last heard, on any connection.
 #[derive(Debug, Default)]
@@ -58,12 +56,12 @@ struct Account {
 }
 
 impl Traffic {
-    /// From now on `peer` is charged, with what has passed already.
-    pub fn charge(&self, peer: &HostId, health: Arc<Health>) {
+    /// From now on `peer` (a host, or the role of others) is charged, with what has passed already.
+    pub fn charge(&self, peer: &str, health: Arc<Health>) {
         let metrics = metrics();
         let account = Account {
-            sent: metrics.link_sent_bytes.with_label_values(&[peer.as_str()]),
-            received: metrics.link_received_bytes.with_label_values(&[peer.as_str()]),
+            sent: metrics.link_sent_bytes.with_label_values(&[peer]),
+            received: metrics.link_received_bytes.with_label_values(&[peer]),
             health,
         };
         account.sent.inc_by(self.sent.load(Ordering::Relaxed));

@@ -221,6 +221,66 @@ async fn a_stranger_gets_nothing() {
 }
 
 #[tokio::test]
+async fn the_remote_api_gets_the_connection_and_who_it_is() {
+    let router = doubling().http(|mut stream: PeerStream| async move {
+        let mut request = [0; 18];
+        stream.read_exact(&mut request).await.unwrap();
+        let who = stream.peer().to_string();
+        stream.write_all(who.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+    });
+    let pair = pair(router).await;
+    for role in Role::ALL {
+        let caller = links(&pair.authority, role, "x");
+        let mut api = connect_api(&caller, pair.listening.address()).await.unwrap();
+        api.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        api.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer, format!("{role} x"));
+    }
+    let stranger = links(&authority(), Role::Operator, "x");
+    assert_eq!(connect_api(&stranger, pair.listening.address()).await.unwrap_err().kind(), ErrorKind::Denied);
+}
+
+/// Prints how fast blocks of 128 KiB are fetched, 16 at once; the bound is far below any machine of interest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_are_fetched_fast_over_calls() {
+    let block = Bytes::from(vec![0x5a; 128 << 10]);
+    let served = block.clone();
+    let router = Router::new().call("image.block", move |_, _: Number, _| {
+        let block = served.clone();
+        async move { Ok(((), block)) }
+    });
+    let pair = pair(router).await;
+    let begun = std::time::Instant::now();
+    let mut fetchers = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (links, block) = (pair.a.clone(), block.clone());
+        fetchers.spawn(async move {
+            for value in 0..128 {
+                let ((), got): ((), _) = links
+                    .call(&name("b"), "image.block", &Number { value }, Bytes::new(), SOON)
+                    .await
+                    .unwrap();
+                assert!(got == block);
+            }
+        });
+    }
+    fetchers.join_all().await;
+    let rate = (16 * 128 * block.len()) as f64 / begun.elapsed().as_secs_f64() / 1e9;
+    eprintln!("blocks over calls: {rate:.2} GB/s");
+    assert!(rate > 0.01);
+    let mut one = Duration::ZERO;
+    for value in 0..50 {
+        let begun = std::time::Instant::now();
+        let _: ((), _) =
+            pair.a.call(&name("b"), "image.block", &Number { value }, Bytes::new(), SOON).await.unwrap();
+        one += begun.elapsed();
+    }
+    eprintln!("one block at a time: {:?} each", one / 50);
+}
+
+#[tokio::test]
 async fn a_host_that_answers_under_another_name_is_not_believed() {
     let pair = pair(doubling()).await;
     pair.a.set_addresses(&name("c"), vec![pair.listening.address()]);

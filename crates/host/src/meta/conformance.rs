@@ -406,6 +406,21 @@ async fn limits_are_checked_before_anything_is_sent(rig: &mut dyn Rig) {
 }
 
 #[tokio::test]
+async fn fields_of_a_newer_release_survive_an_older_ones_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(&dir.path().join("meta.db")).unwrap();
+    write(&*store, "r", r#"{"epoch":1,"mood":"good","holder":7}"#).await;
+    let change = |old: Option<Counter>| Ok(old.map(|it| Counter { epoch: it.epoch + 1, ..it }));
+    update(&*store, "r", SOON, change).await.unwrap();
+    let value: serde_json::Value = parse("r", &store.get("r").await.unwrap().unwrap().value).unwrap();
+    assert_eq!(value, serde_json::json!({ "epoch": 2, "holder": 7, "mood": "good" }));
+    // A change that changes nothing writes nothing.
+    let before = store.get("r").await.unwrap().unwrap().mod_rev;
+    update(&*store, "r", SOON, |old: Option<Counter>| Ok(old)).await.unwrap();
+    assert_eq!(store.get("r").await.unwrap().unwrap().mod_rev, before);
+}
+
+#[tokio::test]
 async fn many_processes_may_open_one_file_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("meta.db");

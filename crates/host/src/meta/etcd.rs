@@ -12,7 +12,8 @@
 //!   3.4.24 one may overtake events of the same revision.
 //! * After any failure the client is made anew from the certificate files, so that renewed certificates are used.
 //!
-//! Not here: running etcd; hosts show it their own certificates, so it has to trust the cluster's authority.
+//! Not here: running etcd; hosts show it their own certificates, so it has to trust the cluster's authority. It does
+//! not follow removals of hosts: give it a revocation list (`--client-crl-file`), or reach it over a network of its own.
 
 use async_trait::async_trait;
 use etcd_client::{
