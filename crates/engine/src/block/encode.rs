@@ -27,8 +27,8 @@ pub const LEVELS: [i32; 4] = [-5, -1, 1, 3];
 pub const RATIO_MAX: f64 = 0.95;
 
 /// What is known of the levels before anything was measured: raw bytes per second of one processor, wire bytes
-/// per raw byte. Guest memory of Linux systems; only the proportions matter for long.
-const PRIOR: [(f64, f64); LEVELS.len()] = [(1.3e9, 0.55), (8.0e8, 0.47), (5.5e8, 0.42), (3.0e8, 0.39)];
+/// per raw byte. Measured on the memory of a Debian guest; only the proportions matter for long.
+const PRIOR: [(f64, f64); LEVELS.len()] = [(1.0e9, 0.48), (8.0e8, 0.39), (7.0e8, 0.36), (4.2e8, 0.355)];
 /// Raw bytes per second that one processor gathers and checks, before anything was measured.
 const PRIOR_GATHER_BYTES_S: f64 = 3.0e9;
 /// Choices within this factor of the best rate count as equal.

@@ -181,8 +181,11 @@ async fn inbound(
         let body = body.get(..len).unwrap_or(&[]);
         if header.kind == Kind::Control {
             return match Control::parse(&header, body)? {
-                // QEMU may be gone already: it closes its socket when it has what it needs.
-                Control::BytesEnd => Ok(drop(to.shutdown().await)),
+                Control::BytesEnd => {
+                    // QEMU may be gone already: it closes its socket when it has what it needs.
+                    let _ = to.shutdown().await;
+                    Ok(())
+                }
                 Control::Refused { error } => Err(error.into()),
                 other => Err(unexpected(&other)),
             };

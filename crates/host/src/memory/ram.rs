@@ -106,7 +106,8 @@ impl RamFile {
 
     /// Makes pages zero, giving memory back where that is worth it. Pages that are holes cost one system call.
     pub fn zero(&self, pages: Range<u64>) -> Result<()> {
-        const ZEROS: [u8; PUNCH_PAGES_MIN as usize * PAGE_BYTES] = [0; PUNCH_PAGES_MIN as usize * PAGE_BYTES];
+        static ZEROS: [u8; PUNCH_PAGES_MIN as usize * PAGE_BYTES] =
+            [0; PUNCH_PAGES_MIN as usize * PAGE_BYTES];
         let Some(start) = self.first_data(pages.clone())? else { return Ok(()) };
         let len = pages.end - start;
         if len >= PUNCH_PAGES_MIN {

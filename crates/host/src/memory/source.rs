@@ -226,7 +226,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         self.say(&Control::RoundBegin { last }).await?;
         let plan = Plan::new(Arc::clone(&self.blocks), sets, self.round == 1);
         let (sender, receiver) = mpsc::channel(QUEUE_FRAMES);
-        let threads = self.start_workers(plan, sender);
+        let threads = self.start_workers(plan, &sender);
+        // The queue ends with the workers.
+        drop(sender);
         let mut report = RoundReport::default();
         self.write_frames(receiver, last, &mut report).await?;
         let mut work = Work::default();
@@ -254,7 +256,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
     fn start_workers(
         &mut self,
         plan: Plan,
-        sender: mpsc::Sender<Encoded>,
+        sender: &mpsc::Sender<Encoded>,
     ) -> Vec<JoinHandle<Result<(Worker, Work)>>> {
         let plan = Arc::new(Mutex::new(plan));
         let round = self.round;
