@@ -15,7 +15,7 @@ fn scaled(number: &str, factor: f64, text: &str, form: &str) -> Result<u64, Wire
     let value: f64 = number.parse().map_err(|_| bad())?;
     let scaled = value * factor;
     // Beyond 2^63 a float no longer holds what was written, and nothing is that large.
-    if !scaled.is_finite() || scaled < 0.0 || scaled >= 9.0e18 {
+    if !scaled.is_finite() || !(0.0..9.0e18).contains(&scaled) {
         return Err(bad());
     }
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked above")]

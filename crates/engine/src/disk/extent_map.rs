@@ -181,8 +181,8 @@ fn set_run(runs: &mut Vec<RegionRun>, new: RegionRun) {
     if let Some(run) = runs.get(from).filter(|run| from < to && run.start < new.start) {
         left = Some(RegionRun { blocks: new.start - run.start, ..*run });
     }
-    if let Some(run) = to.checked_sub(1).and_then(|last| runs.get(last)).filter(|run| run.end() > new.end()) {
-        if from < to {
+    if let Some(run) = to.checked_sub(1).and_then(|last| runs.get(last)).filter(|run| run.end() > new.end())
+        && from < to {
             let skip = new.end() - run.start;
             right = Some(RegionRun {
                 start: new.end(),
@@ -190,7 +190,6 @@ fn set_run(runs: &mut Vec<RegionRun>, new: RegionRun) {
                 value: advance(run.value, skip.into()),
             });
         }
-    }
     if new.value == ABSENT {
         middle = None;
     } else {

@@ -157,7 +157,7 @@ fn check_pull(dir: &Dir, report: &mut Report) {
             ));
         }
         Err(error) => {
-            report.problems.push(format!("which blocks are still at another host is not known: {error}"))
+            report.problems.push(format!("which blocks are still at another host is not known: {error}"));
         }
     }
 }

@@ -84,7 +84,7 @@ impl LayerSpec {
         let bad = |why: String| {
             Err(Error::new(ErrorKind::InvalidInput, format!("create layer {}: {why}", self.disk_id)))
         };
-        if self.size_bytes == 0 || self.size_bytes % 512 != 0 || self.size_bytes > DISK_BYTES_MAX {
+        if self.size_bytes == 0 || !self.size_bytes.is_multiple_of(512) || self.size_bytes > DISK_BYTES_MAX {
             return bad(format!("a disk has a multiple of 512 bytes up to 64 TiB, not {}", self.size_bytes));
         }
         if self.segment_blocks < 512 || !self.segment_blocks.is_power_of_two() {
@@ -445,7 +445,7 @@ impl Layer {
 
     fn check_range(&self, what: &str, offset: u64, length: u64) -> Result<()> {
         let inside = offset.checked_add(length).is_some_and(|end| end <= self.size_bytes);
-        if inside && offset % 512 == 0 && length % 512 == 0 {
+        if inside && offset.is_multiple_of(512) && length.is_multiple_of(512) {
             return Ok(());
         }
         Err(Error::new(
@@ -575,7 +575,7 @@ impl Layer {
             return Ok(true);
         }
         self.ready_to_write()?;
-        if offset % BLOCK_BYTES == 0 && length % BLOCK_BYTES == 0 {
+        if offset.is_multiple_of(BLOCK_BYTES) && length.is_multiple_of(BLOCK_BYTES) {
             self.put_blocks(offset, from, length)?;
             return Ok(true);
         }
@@ -701,13 +701,12 @@ impl Layer {
     /// One fdatasync of whatever was appended until now.
     fn sync_now(&self) -> Result<()> {
         let (seq, file) = self.log.lock().begin_flush();
-        if let Some(file) = file {
-            if let Err(error) = file.sync() {
+        if let Some(file) = file
+            && let Err(error) = file.sync() {
                 // The kernel has dropped the pages: a second try would claim success for lost data.
                 self.gate.store(BROKEN, Ordering::Release);
                 return Err(error).with_context(|| format!("flush layer {}", self.ident.disk_id));
             }
-        }
         self.durable_seq.fetch_max(seq, Ordering::AcqRel);
         Ok(())
     }

@@ -436,11 +436,9 @@ impl State {
             };
         }
         if self.may_take(queue) && (!self.again.is_empty() || !self.parked.is_empty() || self.ring.has_more())
-        {
-            if let Some(device) = queue.device.slot.enter() {
+            && let Some(device) = queue.device.slot.enter() {
                 worked |= self.take_requests(queue, &*device);
             }
-        }
         self.signal_guest();
         if worked { Round::Worked } else { Round::Nothing }
     }

@@ -209,11 +209,10 @@ impl TargetSide {
         self.shared.targets.lock().remove(&self.offer.attempt);
         let _ = tokio::fs::remove_file(self.state_path()).await;
         let vm = self.vm.lock().take();
-        if let Some(vm) = vm {
-            if *outcome == Outcome::Moved {
+        if let Some(vm) = vm
+            && *outcome == Outcome::Moved {
                 self.shared.vms.watch(&vm);
             }
-        }
         self.task.end(&super::result_of(outcome, &self.offer.vm));
     }
 

@@ -399,7 +399,7 @@ pub(super) fn read_all(config: &VmConfig) -> Result<Vec<LocalRecord>> {
         match parsed {
             Some(record) if record.version <= LocalRecord::VERSION => records.push(record),
             _ => {
-                tracing::error!(path = %path.display(), "cannot read a VM's local record; the VM is left alone")
+                tracing::error!(path = %path.display(), "cannot read a VM's local record; the VM is left alone");
             }
         }
     }

@@ -219,7 +219,7 @@ impl Session<'_> {
         };
         match device.write_now(request.offset, &[IoSlice::new(data)]) {
             Ok(true) if request.flags & proto::CMD_FLAG_FUA == 0 => {
-                self.output.put(&simple_reply(request, 0))
+                self.output.put(&simple_reply(request, 0));
             }
             // Durable before it is answered.
             Ok(true) => self.hand_on(request, 0, |device| device.flush()),

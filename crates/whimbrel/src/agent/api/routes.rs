@@ -253,9 +253,9 @@ mod test {
     fn what_names_files_is_local() {
         for route in ROUTES {
             if matches!(route.request, Some("ImagePublish" | "Export" | "VolumeImport" | "VmAdopt")) {
-                assert_eq!(route.access, Access::Local, "{}", route.path);
+                assert_eq!(route.access, Local, "{}", route.path);
             }
-            assert!(route.method != Method::GET || route.access != Access::Operate, "{}", route.path);
+            assert!(route.method != Method::GET || route.access != Operate, "{}", route.path);
         }
     }
 }

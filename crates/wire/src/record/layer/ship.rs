@@ -188,7 +188,7 @@ fn decode_frame(from: &[u8]) -> Result<(ShipFrame<'_>, &[u8]), &'static str> {
     let length_bytes = field::u64(head, 16);
     let kind = field::u8(head, 24);
     let longest = if kind == 1 { PAYLOAD_BYTES_MAX } else { DISK_BYTES_MAX };
-    let aligned = offset_bytes % BLOCK_BYTES == 0 && length_bytes % BLOCK_BYTES == 0;
+    let aligned = offset_bytes.is_multiple_of(BLOCK_BYTES) && length_bytes.is_multiple_of(BLOCK_BYTES);
     if !aligned || offset_bytes >= DISK_BYTES_MAX || !(BLOCK_BYTES..=longest).contains(&length_bytes) {
         return Err("an impossible range");
     }
