@@ -182,14 +182,15 @@ fn set_run(runs: &mut Vec<RegionRun>, new: RegionRun) {
         left = Some(RegionRun { blocks: new.start - run.start, ..*run });
     }
     if let Some(run) = to.checked_sub(1).and_then(|last| runs.get(last)).filter(|run| run.end() > new.end())
-        && from < to {
-            let skip = new.end() - run.start;
-            right = Some(RegionRun {
-                start: new.end(),
-                blocks: run.blocks - skip,
-                value: advance(run.value, skip.into()),
-            });
-        }
+        && from < to
+    {
+        let skip = new.end() - run.start;
+        right = Some(RegionRun {
+            start: new.end(),
+            blocks: run.blocks - skip,
+            value: advance(run.value, skip.into()),
+        });
+    }
     if new.value == ABSENT {
         middle = None;
     } else {

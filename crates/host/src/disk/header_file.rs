@@ -37,12 +37,12 @@ impl From<UpdateError> for Error {
 
 impl HeaderFile {
     /// Writes the first header into both slots.
-    pub(super) fn create(dir: &Dir, header: Header) -> Result<Self> {
+    pub(super) fn create(dir: &Dir, header: &Header) -> Result<Self> {
         let what = || format!("create header of layer {}", header.disk_id);
         let file = dir.create(NAME).with_context(what)?;
         let mut other = header.clone();
         other.generation += 1;
-        for slot in [&header, &other] {
+        for slot in [header, &other] {
             file.write(slot.slot_offset(), &[IoSlice::new(slot.encode().as_slice())]).with_context(what)?;
         }
         file.sync().with_context(what)?;
@@ -60,7 +60,7 @@ impl HeaderFile {
         }
         let header = Header::newest([&slots[0], &slots[1]]).map_err(Error::from).map_err(|error| {
             let damaged = error.kind() == ErrorKind::Corrupt;
-            let error = Err::<(), _>(error).context(what()).unwrap_err();
+            let error = Error::with_source(error.kind(), what(), error);
             if damaged {
                 error.hint("both header slots are damaged: restore this layer from a copy")
             } else {

@@ -189,7 +189,7 @@ impl Layer {
 
     pub(super) fn create_in(dir: &Dir, spec: &LayerSpec, state: State) -> Result<()> {
         let header = spec.header(state)?;
-        dir.make(|dir| HeaderFile::create(dir, header).map(|_| ()))
+        dir.make(|dir| HeaderFile::create(dir, &header).map(|_| ()))
     }
 
     /// Opens the layer in `path` over `base` (`None`: zeros). A writable handle makes `epoch` the layer's, durably,
@@ -702,11 +702,12 @@ impl Layer {
     fn sync_now(&self) -> Result<()> {
         let (seq, file) = self.log.lock().begin_flush();
         if let Some(file) = file
-            && let Err(error) = file.sync() {
-                // The kernel has dropped the pages: a second try would claim success for lost data.
-                self.gate.store(BROKEN, Ordering::Release);
-                return Err(error).with_context(|| format!("flush layer {}", self.ident.disk_id));
-            }
+            && let Err(error) = file.sync()
+        {
+            // The kernel has dropped the pages: a second try would claim success for lost data.
+            self.gate.store(BROKEN, Ordering::Release);
+            return Err(error).with_context(|| format!("flush layer {}", self.ident.disk_id));
+        }
         self.durable_seq.fetch_max(seq, Ordering::AcqRel);
         Ok(())
     }

@@ -93,7 +93,7 @@ impl Pull {
         let bytes = runs::encode(data);
         let header = spec.header(State::Pulling)?;
         dir.make(|dir| {
-            HeaderFile::create(dir, header)?;
+            HeaderFile::create(dir, &header)?;
             let file = dir.create(MAP_NAME).with_context(what)?;
             file.write(0, &[IoSlice::new(&bytes)]).with_context(what)?;
             file.sync().with_context(what)

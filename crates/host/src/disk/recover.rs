@@ -126,7 +126,7 @@ pub(super) fn open_segments(
         match head {
             Some(head) => segments.push((Arc::new(file), head)),
             None if dir.has(&segment_name(number + 1)) || has_durable_group(&file, header, 1, None)? => {
-                return Err(damaged(header, format!("the head of {name} is damaged")));
+                return Err(damaged(header, &format!("the head of {name} is damaged")));
             }
             None => break,
         }
@@ -137,7 +137,7 @@ pub(super) fn open_segments(
         number.is_some_and(|number| number > after)
     };
     match dir.names().with_context(what)?.into_iter().find(later) {
-        Some(name) => Err(damaged(header, format!("{} is missing before {name}", segment_name(after)))),
+        Some(name) => Err(damaged(header, &format!("{} is missing before {name}", segment_name(after)))),
         None => Ok(segments),
     }
 }
@@ -158,7 +158,7 @@ pub(super) fn recover(dir: &Dir, header: &Header, writable: bool) -> Result<Reco
         Some(clean) if clean.seq == end.seq && clean.chain == end.chain => true,
         Some(clean) => {
             let why = format!("it was closed after record {}, but ends after {}", clean.seq - 1, end.seq - 1);
-            return Err(damaged(header, why));
+            return Err(damaged(header, &why));
         }
         None => false,
     };
@@ -182,7 +182,7 @@ fn replay(
     let mut replayed = 0;
     let skip = start.segment.saturating_sub(header.first_segment) as usize;
     if skip > segments.len() {
-        return Err(damaged(header, format!("{} is missing", segment_name(start.segment))));
+        return Err(damaged(header, &format!("{} is missing", segment_name(start.segment))));
     }
     for (number, (file, head)) in segments.iter().enumerate().skip(skip) {
         let segment = header.first_segment + number as u32;
@@ -194,7 +194,7 @@ fn replay(
                     head.first_seq,
                     at.seq.saturating_sub(1)
                 );
-                return Err(damaged(header, why));
+                return Err(damaged(header, &why));
             }
             at = LogPoint { segment, block: 1, ..at };
         }
@@ -240,7 +240,7 @@ fn replay_segment(
         if end.seq != cut {
             let name = segment_name(start.segment);
             let why = format!("{name} ends after record {}, but the log goes on at {cut}", end.seq - 1);
-            return Err(damaged(header, why));
+            return Err(damaged(header, &why));
         }
         return Ok(end);
     }
@@ -253,7 +253,7 @@ fn replay_segment(
     }
     if has_durable_group(file, header, end.block.max(1), Some(end.seq))? {
         let why = format!("record {} is damaged, and it was durable", end.seq);
-        return Err(damaged(header, why));
+        return Err(damaged(header, &why));
     }
     Ok(end)
 }
@@ -283,7 +283,7 @@ fn has_durable_group(file: &DataFile, header: &Header, block: u32, seq: Option<u
     }
 }
 
-fn damaged(header: &Header, why: String) -> Error {
+fn damaged(header: &Header, why: &str) -> Error {
     Error::new(ErrorKind::Corrupt, format!("open log of layer {}: {why}", header.disk_id)).hint(
         "data that was reported durable is lost on this disk: check the disk, restore the volume from a copy",
     )

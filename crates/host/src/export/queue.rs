@@ -435,10 +435,12 @@ impl State {
                 (false, false) => Round::Nothing,
             };
         }
-        if self.may_take(queue) && (!self.again.is_empty() || !self.parked.is_empty() || self.ring.has_more())
-            && let Some(device) = queue.device.slot.enter() {
-                worked |= self.take_requests(queue, &*device);
-            }
+        if self.may_take(queue)
+            && (!self.again.is_empty() || !self.parked.is_empty() || self.ring.has_more())
+            && let Some(device) = queue.device.slot.enter()
+        {
+            worked |= self.take_requests(queue, &*device);
+        }
         self.signal_guest();
         if worked { Round::Worked } else { Round::Nothing }
     }

@@ -99,7 +99,7 @@ fn libblkio_reads_what_it_wrote_and_zeroes_and_discards_and_flushes() {
     let dir = tempfile::tempdir().unwrap();
     let (server, device) = serve(dir.path(), 1);
     let mut client = Client::connect(server.path(), 1);
-    let pattern: Vec<u8> = (0..65536_u32).map(|index| (index * 31 >> 3) as u8).collect();
+    let pattern: Vec<u8> = (0..65536_u32).map(|index| ((index * 31) >> 3) as u8).collect();
     client.put(0, &pattern);
     // At both kinds of place: done at once, and after waiting.
     for start in [0_u64, (4 << 20) + 4096] {

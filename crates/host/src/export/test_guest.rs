@@ -65,7 +65,7 @@ impl Guest {
             kick: EventFd::new(0).unwrap(),
             call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
             inflight: None,
-            features: u64::MAX & !(1 << 29) & !(1 << 26),
+            features: !(1 << 29) & !(1 << 26),
             avail_idx: 0,
             used_seen: 0,
         }

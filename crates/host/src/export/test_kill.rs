@@ -24,7 +24,7 @@ struct FileDisk(File);
 impl FileDisk {
     fn delay(offset: u64) -> Option<Duration> {
         let block = offset / BLOCK as u64;
-        (block % 3 != 0).then(|| Duration::from_micros(block * 7919 % 3000))
+        (!block.is_multiple_of(3)).then(|| Duration::from_micros(block * 7919 % 3000))
     }
 }
 

@@ -409,9 +409,10 @@ impl SourceSide {
         let vm = self.vm()?;
         let qemu = self.qemu_stream.lock().await.take();
         if let Some(source) = qemu
-            && let Err(error) = source.cancel().await {
-                tracing::warn!(vm = %vm.name, %error, "QEMU's migration was not cancelled cleanly");
-            }
+            && let Err(error) = source.cancel().await
+        {
+            tracing::warn!(vm = %vm.name, %error, "QEMU's migration was not cancelled cleanly");
+        }
         // Streams that are dropped end the copy at both ends.
         self.state_stream.lock().await.take();
         let copying = self.copying.lock().await.take();

@@ -210,9 +210,10 @@ impl TargetSide {
         let _ = tokio::fs::remove_file(self.state_path()).await;
         let vm = self.vm.lock().take();
         if let Some(vm) = vm
-            && *outcome == Outcome::Moved {
-                self.shared.vms.watch(&vm);
-            }
+            && *outcome == Outcome::Moved
+        {
+            self.shared.vms.watch(&vm);
+        }
         self.task.end(&super::result_of(outcome, &self.offer.vm));
     }
 

@@ -71,8 +71,7 @@ impl Progress {
 
 fn line(task: &Task) -> String {
     let mut line = format!("{}: {}", task.object, task.phase);
-    if task.total_bytes > 0 {
-        let share = task.done_bytes.min(task.total_bytes) * 100 / task.total_bytes;
+    if let Some(share) = (task.done_bytes.min(task.total_bytes) * 100).checked_div(task.total_bytes) {
         line +=
             &format!("  {share:>3} %  {} of {}", show_bytes(task.done_bytes), show_bytes(task.total_bytes));
     }

@@ -75,7 +75,7 @@ fn record(seed: u64, steps: usize) -> Recording {
                 let (sector, sectors) =
                     (random.below(SIZE / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
                 let (sector, sectors) = if random.below(3) > 0 {
-                    (sector / 8 * 8, (sectors + 7) / 8 * 8)
+                    (sector / 8 * 8, u64::div_ceil(sectors, 8) * 8)
                 } else {
                     (sector, sectors)
                 };
@@ -279,9 +279,9 @@ fn cut_everywhere(seed: u64, steps: usize, power_losses: usize) -> usize {
         if let Op::Mark(mark) = op {
             let step = (mark / 2) as usize;
             if mark % 2 == 0 {
-                begun = step
+                begun = step;
             } else {
-                done = step
+                done = step;
             }
             continue;
         }

@@ -39,7 +39,7 @@ fn one_thread_reads_and_writes_at_a_decent_rate() {
     let mut large = vec![7u8; 128 << 10];
     rate("write 128k", 2000, |n| layer.write(n % 4000 * (128 << 10), &[IoSlice::new(&large)]).unwrap());
     rate("read 128k", 2000, |n| {
-        layer.read(n % 4000 * (128 << 10), &mut [IoSliceMut::new(&mut large)]).unwrap()
+        layer.read(n % 4000 * (128 << 10), &mut [IoSliceMut::new(&mut large)]).unwrap();
     });
     let info = layer.info();
     println!("map: {} bytes, log: {} bytes", info.map_bytes, info.log_bytes);

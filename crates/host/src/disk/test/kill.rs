@@ -14,7 +14,7 @@ const BLOCKS: u64 = 64;
 fn child() {
     let Ok(path) = std::env::var("WHIMBREL_TEST_KILL_DIR") else { return };
     let layer = Layer::open(path.as_ref(), None, Epoch(1), true).unwrap();
-    let first = (0..BLOCKS).map(|block| number(&*layer, block)).max().unwrap_or(0) + 1;
+    let first = (0..BLOCKS).map(|block| number(&layer, block)).max().unwrap_or(0) + 1;
     for n in first.. {
         write(&*layer, n % BLOCKS * BLOCK, &n.to_le_bytes().repeat(512)).unwrap();
         println!("wrote {n}");

@@ -67,7 +67,7 @@ fn run(steps: &[Step], with_base: bool) {
             Step::Zero { sector, sectors, discard } => {
                 oracle[(sector * 512) as usize..((sector + sectors) * 512) as usize].fill(0);
                 let zero = if discard { BlockDev::discard } else { BlockDev::write_zeroes };
-                zero(&*layer, sector * 512, sectors * 512).unwrap();
+                zero(layer.as_ref(), sector * 512, sectors * 512).unwrap();
             }
             Step::Read { sector, sectors, slices } => {
                 let range = (sector * 512) as usize..((sector + sectors) * 512) as usize;

@@ -218,7 +218,10 @@ impl Header {
                 hash: field::bytes(from, 232),
             }),
         };
-        if header.size_bytes == 0 || !header.size_bytes.is_multiple_of(512) || header.size_bytes > DISK_BYTES_MAX {
+        if header.size_bytes == 0
+            || !header.size_bytes.is_multiple_of(512)
+            || header.size_bytes > DISK_BYTES_MAX
+        {
             return Err(corrupt(&format!("a disk of {} bytes", header.size_bytes)));
         }
         if header.segment_blocks < 8 || !header.segment_blocks.is_power_of_two() {
