@@ -181,15 +181,11 @@ fn set_run(runs: &mut Vec<RegionRun>, new: RegionRun) {
     if let Some(run) = runs.get(from).filter(|run| from < to && run.start < new.start) {
         left = Some(RegionRun { blocks: new.start - run.start, ..*run });
     }
-    if let Some(run) = to.checked_sub(1).and_then(|last| runs.get(last)).filter(|run| run.end() > new.end())
-        && from < to
-    {
+    let last = to.checked_sub(1).and_then(|last| runs.get(last));
+    if let Some(run) = last.filter(|run| from < to && run.end() > new.end()) {
         let skip = new.end() - run.start;
-        right = Some(RegionRun {
-            start: new.end(),
-            blocks: run.blocks - skip,
-            value: advance(run.value, skip.into()),
-        });
+        let value = advance(run.value, skip.into());
+        right = Some(RegionRun { start: new.end(), blocks: run.blocks - skip, value });
     }
     if new.value == ABSENT {
         middle = None;

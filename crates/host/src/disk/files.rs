@@ -150,7 +150,6 @@ impl Dir {
         self.path.join(name)
     }
 
-    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "tests hand the recorder on"))]
     fn data_file(&self, file: File, name: &str) -> DataFile {
         let _ = name;
         DataFile {

@@ -503,7 +503,8 @@ impl Layer {
                 length_bytes: length,
                 payload: Some((from, slices::crc(from))),
             };
-            return self.append(&mut *self.log_for_write()?, &record);
+            let mut log = self.log_for_write()?;
+            return self.append(&mut log, &record);
         }
         let mut done = 0;
         while done < length {
@@ -602,7 +603,8 @@ impl Layer {
         if first_whole < last_whole {
             let length_bytes = last_whole - first_whole;
             let record = Record { offset_bytes: first_whole, length_bytes, payload: None };
-            self.append(&mut *self.log_for_write()?, &record)?;
+            let mut log = self.log_for_write()?;
+            self.append(&mut log, &record)?;
         }
         edge(last_whole.min(end), end)
     }
@@ -701,9 +703,7 @@ impl Layer {
     /// One fdatasync of whatever was appended until now.
     fn sync_now(&self) -> Result<()> {
         let (seq, file) = self.log.lock().begin_flush();
-        if let Some(file) = file
-            && let Err(error) = file.sync()
-        {
+        if let Err(error) = file.map_or(Ok(()), |file| file.sync()) {
             // The kernel has dropped the pages: a second try would claim success for lost data.
             self.gate.store(BROKEN, Ordering::Release);
             return Err(error).with_context(|| format!("flush layer {}", self.ident.disk_id));

@@ -156,7 +156,7 @@ impl Pull {
     pub fn step(&self, bytes_max: u64) -> Result<PullProgress> {
         let mut fetched = 0;
         loop {
-            let runs = Arc::clone(&*self.base.runs.read());
+            let runs = Arc::clone(&self.base.runs.read());
             let total =
                 |runs: &[Run]| runs.iter().map(|run| u64::from(run.blocks) * BLOCK_BYTES).sum::<u64>();
             let mut cursor = self.cursor.lock();

@@ -75,11 +75,11 @@ fn record(seed: u64, steps: usize) -> Recording {
                 let (sector, sectors) =
                     (random.below(SIZE / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
                 let (sector, sectors) = if random.below(3) > 0 {
-                    (sector / 8 * 8, u64::div_ceil(sectors, 8) * 8)
+                    (sector / 8 * 8, sectors.next_multiple_of(8))
                 } else {
                     (sector, sectors)
                 };
-                let range = sector * 512..(SIZE).min((sector + sectors) * 512);
+                let range = sector * 512..SIZE.min((sector + sectors) * 512);
                 content[range.clone()].fill(step as u8);
                 write(&*layer, range.start as u64, &content[range]).unwrap();
             }
