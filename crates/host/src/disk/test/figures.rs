@@ -47,6 +47,7 @@ fn one_thread_reads_and_writes_at_a_decent_rate() {
     drop(layer);
     drop(Layer::open(&path, None, Epoch(1), true).unwrap());
     println!("open after an unclean end: {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
-    // Unoptimised, on a busy machine: ten times what is expected.
-    assert!(read < 60.0 && wrote < 150.0, "read {read} us, write {wrote} us");
+    // Unoptimised, on a busy machine: far above what is expected, so that only a defect (a sync or a copy of the map
+    // per call) breaks it.
+    assert!(read < 400.0 && wrote < 1000.0, "read {read} us, write {wrote} us");
 }
