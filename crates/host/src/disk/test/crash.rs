@@ -75,7 +75,7 @@ fn record(seed: u64, steps: usize) -> Recording {
                 let (sector, sectors) =
                     (random.below(SIZE / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
                 let (sector, sectors) = if random.below(3) > 0 {
-                    (sector / 8 * 8, sectors.next_multiple_of(8))
+                    (sector / 8 * 8, usize::next_multiple_of(sectors, 8))
                 } else {
                     (sector, sectors)
                 };
