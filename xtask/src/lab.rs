@@ -42,7 +42,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Sets up `count` hosts without agents, in a fresh directory of the lab. Must run inside [`enter`].
+    /// Sets up `count` hosts without agents, in a fresh directory of the lab. Must run inside [`enter()`].
     pub fn new(name: &str, count: usize, qemu: &Qemu, image: &Image) -> Result<Lab> {
         let dir = own_directory()?.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;

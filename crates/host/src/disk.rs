@@ -32,13 +32,15 @@ mod receive;
 mod recover;
 mod ship;
 mod slices;
+mod spec;
 mod volume;
 
 pub use check::{Report, check};
-pub use layer::{Layer, LayerInfo, LayerSpec, remove};
+pub use layer::{Layer, remove};
 pub use pull::{Pull, PullProgress, RemoteLayer};
 pub use receive::{LayerReceiver, Received};
 pub use ship::{ShipEnd, ShipSeal};
+pub use spec::{LayerInfo, LayerSpec};
 pub use volume::{BaseImage, VolumeDir, VolumeSpec};
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+//! Joining, renewing and removing, on real sockets.
+
 use super::*;
 use crate::link::{Links, Listening, PeerIdentity, Router};
 use crate::meta::sqlite::SqliteStore;

@@ -30,8 +30,9 @@ use whimbrel_wire::record::layer::{BLOCK_BYTES, Run, RunKind, State, runs};
 use super::append::Record;
 use super::files::Dir;
 use super::header_file::HeaderFile;
-use super::layer::{Layer, LayerSpec};
+use super::layer::Layer;
 use super::slices;
+use super::spec::LayerSpec;
 use crate::block_dev::{BlockDev, BlockRead, Extent};
 use crate::error::{Context, Error, ErrorKind, Result};
 

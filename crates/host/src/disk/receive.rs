@@ -19,9 +19,10 @@ use whimbrel_wire::record::layer::{Header, ShipChunk, ShipPosition, State};
 
 use super::append::Record;
 use super::files::Dir;
-use super::layer::{Layer, LayerSpec};
+use super::layer::Layer;
 use super::ship::ShipSeal;
 use super::slices;
+use super::spec::LayerSpec;
 use crate::block_dev::{BlockDev, BlockRead};
 use crate::error::{Context, Error, ErrorKind, Result};
 

@@ -18,7 +18,8 @@ use tempfile::TempDir;
 use whimbrel_wire::Epoch;
 use whimbrel_wire::record::layer::Parent;
 
-use super::layer::{Layer, LayerSpec};
+use super::layer::Layer;
+use super::spec::LayerSpec;
 use crate::block_dev::{BlockDev, BlockRead, Extent};
 use crate::error::{Error, ErrorKind, Result};
 

@@ -22,9 +22,10 @@ use whimbrel_wire::{DiskId, Epoch, ImageId};
 use super::check::{Report, check};
 use super::files::{Dir, PARTIAL};
 use super::header_file::HeaderFile;
-use super::layer::{Layer, LayerSpec, remove};
+use super::layer::{Layer, remove};
 use super::pull::{Pull, RemoteLayer};
 use super::receive::LayerReceiver;
+use super::spec::LayerSpec;
 use crate::block_dev::BlockRead;
 use crate::error::{Context, Error, ErrorKind, Result};
 

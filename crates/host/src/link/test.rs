@@ -1,3 +1,5 @@
+//! Links on real sockets.
+
 use super::proxy::{Mode, Proxy};
 use super::*;
 use crate::cluster::{Authority, HOST_LIFE_S, Subject};

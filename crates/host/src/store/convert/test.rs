@@ -1,3 +1,5 @@
+//! Formats by a real qemu-img, and files that name others.
+
 use std::io::{IoSliceMut, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;

@@ -1,3 +1,5 @@
+//! Repositories in directories.
+
 use super::*;
 
 #[tokio::test]

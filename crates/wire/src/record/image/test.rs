@@ -1,3 +1,5 @@
+//! Manifests, packs and indexes: round trips, damage, hostile bytes.
+
 use super::*;
 use crate::id::BlockHash;
 
