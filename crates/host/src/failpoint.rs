@@ -2,7 +2,7 @@
 //!
 //! `WHIMBREL_FAILPOINT=SIDE:STEP:ACTION` arms one. ACTION is `abort` (the process dies as by SIGKILL), or
 //! `hold=DIR`: the file `DIR/SIDE-STEP` appears, and the process goes on when `DIR/go` exists or after
-//! [`HOLD_LIMIT`]. The points are the steps of the engine's enum; a step cannot be without one, since the host
+//! `HOLD_LIMIT`. The points are the steps of the engine's enum; a step cannot be without one, since the host
 //! passes the enum's value at every entry.
 //!
 //! Invariant: without the variable nothing happens and nothing is read after the first look.

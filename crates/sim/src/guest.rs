@@ -2,7 +2,7 @@
 //! can see.
 //!
 //! Every value the guest writes is the number of the instruction that wrote it, so a newer value is a larger one.
-//! [`Truth`] follows the one guest there should be. A [`Copy`] is what some host has of it: what QEMU, RAM file and
+//! [`Truth`] follows the one guest there should be. A [`struct@Copy`] is what some host has of it: what QEMU, RAM file and
 //! layer are to a real host. Whatever an executing copy reads is compared with the truth.
 //!
 //! Not here: who may execute (`moves`, `check`).

@@ -16,7 +16,7 @@
 //! yet. Collectors see each other the same way. A pack that a publisher reuses can therefore not be removed between
 //! its look at the index and its manifest.
 //!
-//! Marks of the dead: a mark is renewed at least every [`RENEW`]; one that was not for [`DEAD_S`] (by the store's own
+//! Marks of the dead: a mark is renewed at least every `RENEW`; one that was not for `DEAD_S` (by the store's own
 //! clock) is taken for dead. A publisher that could not renew for half that time stops by itself, before its manifest.
 //!
 //! Invariant: who holds a [`Mark`] and cannot renew it does not go on.

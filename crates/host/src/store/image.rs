@@ -12,7 +12,7 @@
 //! Invariants
 //! * A block reaches a reader, a peer or the cache only after its hash was checked since the start of the agent.
 //! * A delivered block stays in memory until the cache has it, so that the next read of it does not fetch again.
-//! * At most [`WRITES_MAX`] blocks wait to be written; sources are slowed down beyond that.
+//! * At most `WRITES_MAX` blocks wait to be written; sources are slowed down beyond that.
 //! * The lock is never held while waiting.
 //!
 //! Not here: which source is asked (`engine::image::read`), how one is asked (`fetch`), who the peers are (`peers`).

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Invariants: a URL holds no secret, since it is stored and shown; one that does is refused. Every call is limited in time; failures that may pass are tried again a few times; after some failures
-//! in a row the [`breaker`] answers at once for a while, so that readers turn to peers instead of waiting. What is
+//! in a row the `breaker` answers at once for a while, so that readers turn to peers instead of waiting. What is
 //! read is checked by the caller: here only its length is.
 //!
 //! Not here: what the objects mean (`wire::record::image`), who may write when (`guard`).

@@ -21,7 +21,7 @@ pub enum ImageCommand {
         /// raw, qcow2, vhdx or vmdk; taken from the file's extension if not given, never from its content.
         #[arg(long, value_name = "F")]
         format: Option<String>,
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         #[arg(long)]
         name: ImageRef,
         /// A directory, s3://BUCKET/PREFIX or https://…; the cluster's default store otherwise.
@@ -35,12 +35,12 @@ pub enum ImageCommand {
     List,
     /// One image, with what was read of it and where from.
     Show {
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         name: ImageRef,
     },
     /// Check every block against its hash, in the cache and, with --store, in the store.
     Verify {
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         name: ImageRef,
         /// Read the store too.
         #[arg(long)]
@@ -51,7 +51,7 @@ pub enum ImageCommand {
     },
     /// Fetch the whole image into this host's cache.
     Prefetch {
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         name: ImageRef,
         /// Return when everything is there (the default; --no-wait returns at once).
         #[arg(long)]
@@ -62,7 +62,7 @@ pub enum ImageCommand {
     },
     /// Write the image to a file.
     Export {
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         name: ImageRef,
         /// The file; it must not exist.
         file: PathBuf,
@@ -75,7 +75,7 @@ pub enum ImageCommand {
     },
     /// Forget the name; blocks that no other image needs are collected later.
     Remove {
-        /// NAME[:TAG]
+        /// `NAME[:TAG]`
         name: ImageRef,
     },
 }

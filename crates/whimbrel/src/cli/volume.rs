@@ -21,7 +21,7 @@ pub enum VolumeCommand {
     Create {
         /// Its name.
         name: Name,
-        /// The image under it: NAME[:TAG]
+        /// The image under it: `NAME[:TAG]`
         #[arg(long, required_unless_present = "size")]
         image: Option<ImageRef>,
         /// Size of the disk (with --image: not smaller than the image).
