@@ -158,6 +158,7 @@ fn one(c: &Context<'_>, flight: &mut Flight<'_>, case: &Case<'_>) -> Result<Stri
     armed.kill_agent()?;
     let point = format!("{}:{}:hold={}", case.victim.side(), case.step, hold.display());
     armed.start_agent_with(c.program, &[("WHIMBREL_FAILPOINT", &point)])?;
+    wait_picked_up(source, &flight.name)?;
     flight.receiver().restart_window();
     let mut command = source
         .cli(&["vm", "migrate", &flight.name, "--to", target.name()])
@@ -180,7 +181,7 @@ fn one(c: &Context<'_>, flight: &mut Flight<'_>, case: &Case<'_>) -> Result<Stri
     for n in 0..3 {
         restore(c, host(n)?)?;
     }
-    end_command(&mut command)?;
+    let moved = end_command(&mut command)?;
     let at = settle(flight)?;
     // The fail point goes with the process that has it.
     armed.kill_agent()?;
@@ -190,6 +191,7 @@ fn one(c: &Context<'_>, flight: &mut Flight<'_>, case: &Case<'_>) -> Result<Stri
     ensure!(now >= acked, "acknowledged records went back from {acked} to {now}");
     flight.must_be_whole()?;
     if !reached {
+        ensure!(moved, "the step was not reached, and the move failed");
         return Ok("the step is not entered on that side; the move went through".to_owned());
     }
     let place = if at == to { "target" } else { "source" };
@@ -277,16 +279,30 @@ fn settle(flight: &Flight<'_>) -> Result<usize> {
     }
 }
 
-fn end_command(command: &mut Child) -> Result<()> {
+/// Whether the move's command ended well; it is ended if it does not end by itself.
+fn end_command(command: &mut Child) -> Result<bool> {
     let end = Instant::now() + Duration::from_secs(20);
     while Instant::now() < end {
-        if command.try_wait().context("wait for the move's command")?.is_some() {
-            return Ok(());
+        if let Some(status) = command.try_wait().context("wait for the move's command")? {
+            return Ok(status.success());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
     command.kill().context("end the move's command")?;
-    command.wait().map(drop).context("wait for the move's command")
+    command.wait().context("wait for the move's command")?;
+    Ok(false)
+}
+
+/// An agent that was just started answers before it has found its VMs again.
+fn wait_picked_up(host: &Host, vm: &str) -> Result<()> {
+    let end = Instant::now() + SETTLE_LIMIT;
+    loop {
+        if host.whimbrel(&["vm", "show", vm]).is_ok_and(|shown| shown["pid"].is_u64()) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "the restarted agent of {} does not pick vm {vm} up", host.name());
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[cfg(test)]
