@@ -142,13 +142,17 @@ impl Agent {
 
     async fn start_node(self: &Arc<Self>) -> Result<Arc<Node>, Error> {
         let node = Node::start(self).await?;
-        *self.node.write() = Some(Arc::clone(&node));
         node.pick_up().await;
+        *self.node.write() = Some(Arc::clone(&node));
         Ok(node)
     }
 
     /// All figures, as Prometheus reads them.
     pub fn metrics_text(&self) -> String {
+        if let Ok(node) = self.node() {
+            // Refreshes the gauges of the cache.
+            node.store.figures();
+        }
         whimbrel_host::metrics::text()
     }
 

@@ -333,6 +333,12 @@ impl SourceSide {
     async fn list_io(&self) -> Result<()> {
         let vm = self.vm()?;
         for disk in &vm.disks {
+            if disk.unfinished() > 0 {
+                return Err(Error::new(
+                    ErrorKind::TimedOut,
+                    format!("stop I/O of volume {}: {} requests did not end", disk.volume, disk.unfinished()),
+                ));
+            }
             let slot = disk.slot.clone();
             let fenced = tokio::task::spawn_blocking(move || slot.fence(FENCE_LIMIT)).await;
             fenced

@@ -3,10 +3,10 @@
 //! Invariants: a [`LocalVm`] never ends its QEMU by being dropped; [`LocalVm::release`] does, once.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
@@ -47,6 +47,11 @@ impl VmDisk {
         if let Some(server) = &*self.server.lock() {
             server.track_writes(tracker);
         }
+    }
+
+    /// Requests that the guest has made and that are not answered.
+    pub fn unfinished(&self) -> usize {
+        self.server.lock().as_ref().map_or(0, VhostUserServer::unfinished)
     }
 
     fn stop(&self) {
@@ -169,7 +174,7 @@ impl LocalVm {
             disks.push(serve(config, volumes, name, socket, &local.spec, active).await?);
         }
         let qmp_path = PathBuf::from(&local.qmp);
-        let qmp = Qmp::connect(&qmp_path, QMP_LIMIT).await?;
+        let Some(qmp) = connect_again(&qmp_path, &process).await? else { return Ok(None) };
         Ok(Some(Self {
             name: local.name.clone(),
             id: local.id,
@@ -331,6 +336,19 @@ impl LocalVm {
         let _ = fs::remove_file(&self.ram_path);
         let _ = fs::remove_file(record_path(config, &self.name));
         let _ = fs::remove_dir_all(&self.run_dir);
+    }
+}
+
+/// Connects to the QMP of a QEMU that ran before; none if it ends meanwhile (a killed one takes its time).
+async fn connect_again(path: &Path, process: &QemuProcess) -> Result<Option<Qmp>> {
+    let deadline = Instant::now() + QMP_LIMIT;
+    loop {
+        match Qmp::connect(path, QMP_LIMIT).await {
+            Ok(qmp) => return Ok(Some(qmp)),
+            Err(_) if !process.is_alive() => return Ok(None),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
     }
 }
 

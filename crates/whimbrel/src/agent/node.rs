@@ -40,6 +40,8 @@ use crate::config::Config;
 
 /// A host says that it lives about this often.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(10);
+/// So long the API waits for VMs that ran before.
+const PICK_UP_WAIT: Duration = Duration::from_secs(5);
 /// A host that has not said so for this long is shown as silent, seconds.
 pub const SILENT_AFTER_S: u64 = 30;
 
@@ -210,11 +212,11 @@ impl Node {
         }))
     }
 
-    /// Finds what an earlier process of this agent left running, and goes on with its moves. Waits in the
-    /// background for a store that does not answer.
+    /// Finds what an earlier process of this agent left running, and goes on with its moves. Goes on in the
+    /// background if that takes longer than [`PICK_UP_WAIT`], as with a store that does not answer.
     pub async fn pick_up(self: &Arc<Self>) {
         let node = Arc::clone(self);
-        let task = tokio::spawn(async move {
+        let mut task = tokio::spawn(async move {
             let result = async {
                 let unfinished = node.migrations.unfinished()?;
                 node.migrations.recover().await?;
@@ -225,6 +227,7 @@ impl Node {
             }
         });
         self.background.lock().push(task.abort_handle());
+        let _ = tokio::time::timeout(PICK_UP_WAIT, &mut task).await;
     }
 
     /// Stops serving; VMs go on.
