@@ -16,6 +16,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
@@ -44,7 +45,9 @@ use crate::vm::LocalVm;
 /// The file beside the journal that holds the device state.
 const STATE_FILE: &str = "device-state";
 /// How long QEMU may take to say that it has loaded what it was sent (mode B).
-const LOAD_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+const LOAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long an earlier attempt may take to be discarded here before the next is refused.
+const DISCARD_LIMIT: Duration = Duration::from_secs(15);
 
 /// See the module's charter.
 pub struct TargetSide {
@@ -244,7 +247,7 @@ impl TargetSide {
         let (offer, vms) = (&self.offer, &self.shared.vms);
         let action = || format!("take vm {} at host {}", offer.vm, self.shared.host);
         let refuse = |kind, words: String| Err(Error::new(kind, format!("{}: {words}", action())));
-        if vms.here(&offer.vm).is_some() || vms.local_record(&offer.vm)?.is_some() {
+        if !self.is_name_free().await? {
             return refuse(ErrorKind::AlreadyExists, "a VM of that name runs here already".into());
         }
         let mut spec = offer.spec.clone();
@@ -286,6 +289,22 @@ impl TargetSide {
             self.volumes.lock().insert(name.clone(), volume);
         }
         Ok(())
+    }
+
+    /// Waits for what an earlier attempt left here to be discarded.
+    async fn is_name_free(&self) -> Result<bool> {
+        let (name, vms) = (&self.offer.vm, &self.shared.vms);
+        let deadline = Instant::now() + DISCARD_LIMIT;
+        while vms.here(name).is_some() || vms.local_record(name)?.is_some() {
+            let earlier =
+                |side: &Arc<Self>| side.offer.vm == *name && side.offer.attempt != self.offer.attempt;
+            let in_discard = self.shared.targets.lock().values().any(earlier);
+            if !in_discard || Instant::now() > deadline {
+                return Ok(false);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(true)
     }
 
     async fn prepare(&self) -> Result<()> {
@@ -425,8 +444,10 @@ impl TargetSide {
             vm.serve_disks(self.shared.vms.volumes()).await?;
             vm.write_record(self.shared.vms.config(), false)?;
             let qmp = vm.qmp().await?;
+            let running = qmp.run_state().await? == "running";
+            // From here on the guest runs, or may have run.
             sent.store(true, Ordering::Release);
-            if qmp.run_state().await? != "running" {
+            if !running {
                 qmp.cont().await?;
             }
             Ok(())
