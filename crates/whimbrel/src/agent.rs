@@ -64,7 +64,6 @@ pub async fn run(file: Option<&Path>) -> anyhow::Result<()> {
     });
     let mut terminate = signal(SignalKind::terminate())?;
     let api = api::router(Arc::clone(&agent)).layer(Extension(Caller::Local));
-    let serve = tokio::spawn(async move { axum::serve(listener, api).await });
     if node::is_member(&agent.config) {
         agent.start_node().await?;
     } else {
@@ -72,6 +71,8 @@ pub async fn run(file: Option<&Path>) -> anyhow::Result<()> {
             "in no cluster yet: `whimbrel cluster init` makes one, `whimbrel host join` joins one"
         );
     }
+    // Callers wait in the socket's queue until here, so that nobody sees a host without its VMs.
+    let serve = tokio::spawn(async move { axum::serve(listener, api).await });
     tokio::select! {
         _ = terminate.recv() => {}
         _ = tokio::signal::ctrl_c() => {}
@@ -142,8 +143,8 @@ impl Agent {
 
     async fn start_node(self: &Arc<Self>) -> Result<Arc<Node>, Error> {
         let node = Node::start(self).await?;
-        node.pick_up().await;
         *self.node.write() = Some(Arc::clone(&node));
+        node.pick_up().await;
         Ok(node)
     }
 
