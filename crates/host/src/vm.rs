@@ -279,7 +279,12 @@ impl Vms {
                 // Released on purpose: whoever did it keeps the records.
                 None => return,
             };
-            tracing::info!(vm = %vm.name, ?state, "VM ended");
+            match state {
+                VmState::Crashed => {
+                    tracing::error!(vm = %vm.name, said = vm.last_words(), "QEMU ended by itself")
+                }
+                _ => tracing::info!(vm = %vm.name, ?state, "VM ended"),
+            }
             vms.forget(&vm).await;
             let mut wait = Duration::from_millis(200);
             while let Err(error) = vms.set_state(&vm.name, vm.epoch(), state).await {

@@ -26,6 +26,8 @@ use crate::volume::Volumes;
 
 /// How long QMP has to answer when a QEMU is found again.
 const QMP_LIMIT: Duration = Duration::from_secs(10);
+/// How much of QEMU's log is told when it ended by itself.
+const LAST_WORDS_BYTES: usize = 1000;
 /// How long a running request of a disk has to end before its volume is closed.
 const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -239,6 +241,13 @@ impl LocalVm {
 
     pub(super) fn disk_sockets(&self) -> Vec<PathBuf> {
         self.disks.iter().map(|disk| disk.socket.clone()).collect()
+    }
+
+    /// The end of what QEMU wrote about itself; its log goes with the VM's directory.
+    pub(super) fn last_words(&self) -> String {
+        let log = fs::read(self.run_dir.join("qemu.log")).unwrap_or_default();
+        let tail = log.get(log.len().saturating_sub(LAST_WORDS_BYTES)..).unwrap_or_default();
+        String::from_utf8_lossy(tail).trim().to_owned()
     }
 
     /// Reserves the VM for one move or stop.
