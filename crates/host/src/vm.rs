@@ -279,11 +279,10 @@ impl Vms {
                 // Released on purpose: whoever did it keeps the records.
                 None => return,
             };
-            match state {
-                VmState::Crashed => {
-                    tracing::error!(vm = %vm.name, said = vm.last_words(), "QEMU ended by itself")
-                }
-                _ => tracing::info!(vm = %vm.name, ?state, "VM ended"),
+            if state == VmState::Crashed {
+                tracing::error!(vm = %vm.name, said = vm.last_words(), "QEMU ended by itself");
+            } else {
+                tracing::info!(vm = %vm.name, ?state, "VM ended");
             }
             vms.forget(&vm).await;
             let mut wait = Duration::from_millis(200);
