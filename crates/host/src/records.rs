@@ -1,10 +1,9 @@
 //! Typed records of the metadata store, and transactions over them whose outcome is always known.
 //!
 //! ```text
-//!  txn ──► Yes ────────────────────────────► committed
-//!   │ └──► Conflict ──► first try? ── yes ─► conflict
-//!   │                       └─ no: read back: ours? ─► committed | conflict
-//!   └────► Unknown ──► try the same txn again (its conditions fail if the first one got through)
+//!  txn ──► Yes ──────────────────────────────────► committed
+//!   │ └──► Conflict ─────────────────────────────► conflict
+//!   └────► Unknown ──► the store is asked for the outcome by the transaction's name ([`meta::commit`])
 //! ```
 //!
 //! Invariant: [`Change::commit`] never says "conflict" of a change that was made, nor "committed" of one that was
@@ -18,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::{Committed, Compare, Item, MetaStore, Op};
+use crate::meta::{self, Committed, Compare, Item, MetaStore, Op};
 
 /// A record with the revision that a condition on it names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,11 +71,8 @@ pub struct Change {
     ops: Vec<Op>,
 }
 
-/// Between two tries of a transaction whose outcome is not known.
-const RETRY_PAUSE: Duration = Duration::from_millis(200);
-
-/// Tries before the caller is told that the outcome is not known.
-const TRIES_MAX: u32 = 10;
+/// How long to go on asking the store for an outcome that it did not tell.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Change {
     /// Writes a record that must not exist yet.
@@ -110,24 +106,8 @@ impl Change {
 
     /// Makes the change; `Ok(false)` if a condition did not hold.
     pub async fn commit(&self, meta: &dyn MetaStore) -> Result<bool> {
-        let mut doubtful = false;
-        for _ in 0..TRIES_MAX {
-            match meta.txn(self.compare.clone(), self.ops.clone()).await {
-                Ok(Committed::Yes(_)) => return Ok(true),
-                Ok(Committed::Conflict) if !doubtful => return Ok(false),
-                Ok(Committed::Conflict) => return self.is_made(meta).await,
-                Err(error) if error.kind() == ErrorKind::Unknown => {
-                    doubtful = true;
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                }
-                // Refused before it was sent: nothing happened this time; an earlier try may have.
-                Err(error) if doubtful && error.kind() == ErrorKind::Unavailable => {
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(Error::new(ErrorKind::Unknown, "change metadata: the store did not say whether it did"))
+        let committed = meta::commit(meta, self.compare.clone(), self.ops.clone(), PATIENCE).await?;
+        Ok(matches!(committed, Committed::Yes(_)))
     }
 
     /// As [`Change::commit`], with a conflict as an error of kind `Refused` about `what`.
@@ -137,21 +117,6 @@ impl Change {
         }
         Err(Error::new(ErrorKind::Refused, format!("{what}: somebody else changed it at the same time"))
             .hint("look at it again, then repeat the command"))
-    }
-
-    /// Whether the store holds what this change writes.
-    async fn is_made(&self, meta: &dyn MetaStore) -> Result<bool> {
-        for op in &self.ops {
-            let (key, wanted) = match op {
-                Op::Put(key, value) => (key, Some(value)),
-                Op::Delete(key) => (key, None),
-            };
-            let found = meta.get(key).await?;
-            if found.as_ref().map(|item| &item.value) != wanted {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 }
 
