@@ -11,6 +11,7 @@
 
 mod kill;
 mod scenario;
+mod swarm;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -30,6 +31,8 @@ pub struct Options {
     pub program: Option<PathBuf>,
     /// Only scenarios whose name contains one of these.
     pub only: Vec<String>,
+    /// None whose name contains one of these.
+    pub without: Vec<String>,
     /// More rounds.
     pub long: bool,
 }
@@ -40,12 +43,16 @@ pub struct Context<'a> {
     pub lab: &'a Lab,
     /// The product's program.
     pub program: &'a Path,
+    /// Program of the object store that some scenarios read from.
+    pub s3s_fs: PathBuf,
     /// More rounds.
     pub long: bool,
 }
 
 /// A name and what it does.
 pub type Scenario = (&'static str, fn(&Context<'_>) -> Result<()>);
+
+pub use scenario::ANY_VERSION;
 
 /// The published image's name.
 pub const IMAGE: &str = "tiny:e2e";
@@ -62,6 +69,7 @@ pub fn run(options: &Options) -> Result<()> {
             ("WHIMBREL_E2E_PROGRAM", program),
             ("WHIMBREL_E2E_QEMU", qemu::ensure(options.qemu)?.bin),
             ("WHIMBREL_E2E_DISK", image.disk),
+            ("WHIMBREL_E2E_S3S_FS", check::tool("s3s-fs")?),
         ];
         return lab::enter(&prepared);
     }
@@ -69,6 +77,7 @@ pub fn run(options: &Options) -> Result<()> {
     let chosen: Vec<Scenario> = scenario::ALL
         .into_iter()
         .filter(|(name, _)| options.only.is_empty() || options.only.iter().any(|o| name.contains(o.as_str())))
+        .filter(|(name, _)| !options.without.iter().any(|o| name.contains(o.as_str())))
         .collect();
     if chosen.is_empty() {
         bail!("no scenario's name contains {:?}", options.only);
@@ -80,7 +89,8 @@ pub fn run(options: &Options) -> Result<()> {
     let lab = Lab::new("e2e", 3, &qemu, &image)?;
     lab.start_cluster(&program)?;
     lab.hosts().first().context("a lab has hosts")?.publish(&lab.image.disk, IMAGE)?;
-    let context = Context { lab: &lab, program: &program, long: options.long };
+    let s3s_fs = lab::prepared("WHIMBREL_E2E_S3S_FS")?;
+    let context = Context { lab: &lab, program: &program, s3s_fs, long: options.long };
     let mut failed = Vec::new();
     for (name, scenario) in &chosen {
         let started = Instant::now();

@@ -305,6 +305,9 @@ exec $b switch_root /root /sbin/init
 
 const TINY_INIT: &str = r#"#!/bin/sh
 mount -t tmpfs run /run
+for w in $(cat /proc/cmdline); do
+  case $w in wg.read=*) cat "${w#wg.read=}" >/dev/null;; esac
+done
 echo "whimbrel: booted"
 whimbrel-guest 2>&1
 echo "whimbrel: the workload ended"

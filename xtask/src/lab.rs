@@ -15,20 +15,26 @@
 mod enter;
 mod host;
 mod net;
+mod s3;
 
 use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result};
 
 pub use enter::{enter, inside, keep_running, own_directory, prepared};
 pub use host::{Host, VmArgs, VmSockets, port_args};
 pub use net::Link;
+pub use s3::S3;
 
 use crate::cmd::{cmd, run};
 use crate::guest::Image;
 use crate::qemu::Qemu;
+
+/// Places on the hosts' network that are taken.
+static PLACES: AtomicUsize = AtomicUsize::new(0);
 
 /// Hosts of this lab, and the network between them.
 pub struct Lab {
@@ -55,7 +61,10 @@ impl Lab {
             disk: show_through(&image.disk, &guest, "disk.raw")?,
         };
         net::make_fabric(name)?;
-        let hosts = (1..=count).map(|n| Host::new(&dir, name, n, &qemu)).collect::<Result<_>>()?;
+        // Labs of one process share the hosts' network.
+        let first = PLACES.fetch_add(count, Ordering::Relaxed);
+        let hosts =
+            (1..=count).map(|n| Host::new(&dir, name, n, first + n, &qemu)).collect::<Result<_>>()?;
         Ok(Lab { dir, hosts, qemu, image, next_vm: Cell::new(2) })
     }
 
@@ -95,15 +104,36 @@ impl Lab {
         net::bytes_out(from.name())
     }
 
+    /// Lets each agent see its own host's directory only, and none of other labs' or of stores; programs and guest
+    /// images stay visible. To be called before the agents start.
+    pub fn hide_hosts_from_each_other(&self) -> Result<()> {
+        let list = |dir: &Path| -> Result<Vec<PathBuf>> {
+            let entries = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
+            Ok(entries.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect())
+        };
+        let shared = ["qemu", "guest"].map(|name| self.dir.join(name));
+        let mut all: Vec<PathBuf> = list(&own_directory()?)?.into_iter().filter(|p| *p != self.dir).collect();
+        all.extend(list(&self.dir)?.into_iter().filter(|p| !shared.contains(p)));
+        for host in &self.hosts {
+            host.hide(all.iter().filter(|p| *p != host.dir()).cloned().collect());
+        }
+        Ok(())
+    }
+
     /// Starts the agents and makes one cluster of them, images in a store of the lab's own.
     pub fn start_cluster(&self, whimbrel: &Path) -> Result<()> {
-        for host in &self.hosts {
-            host.start_agent(whimbrel)?;
-        }
         let store = self.dir.join("store");
         fs::create_dir_all(&store).context("make the image store")?;
+        self.start_cluster_with(whimbrel, &store.to_string_lossy(), &[])
+    }
+
+    /// The same with images in the store at `url`, and environment variables for the agents.
+    pub fn start_cluster_with(&self, whimbrel: &Path, url: &str, env: &[(&str, &str)]) -> Result<()> {
+        for host in &self.hosts {
+            host.start_agent_with(whimbrel, env)?;
+        }
         let Some((first, others)) = self.hosts.split_first() else { return Ok(()) };
-        first.whimbrel(&["cluster", "init", "--name", "lab", "--store", &store.to_string_lossy()])?;
+        first.whimbrel(&["cluster", "init", "--name", "lab", "--store", url])?;
         for host in others {
             let token = first.whimbrel(&["cluster", "token"])?;
             let token =

@@ -56,6 +56,9 @@ enum Cmd {
         /// More rounds.
         #[arg(long)]
         long: bool,
+        /// Leave out scenarios whose name contains this.
+        #[arg(long)]
+        without: Vec<String>,
         /// Only scenarios whose name contains one of these.
         only: Vec<String>,
     },
@@ -127,10 +130,11 @@ fn dispatch(command: &Cmd) -> Result<()> {
         Cmd::Test { long, no_install } => {
             check::run_all(&check::Options { long: *long, no_install: *no_install })?;
         }
-        Cmd::E2e { qemu, program, long, only } => e2e::run(&e2e::Options {
+        Cmd::E2e { qemu, program, long, without, only } => e2e::run(&e2e::Options {
             qemu: *qemu,
             program: program.clone(),
             only: only.clone(),
+            without: without.clone(),
             long: *long,
         })?,
         Cmd::Bench { name, quick, cells, no_install, only } => bench::run(&bench::Options {

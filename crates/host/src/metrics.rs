@@ -82,6 +82,8 @@ table! {
     meta_watch_resumed: IntCounter = "whimbrel_meta_watch_resumed_total";
     /// Bytes of images read, by source: the cache's as asked, peers' and the seed's as whole blocks.
     image_read_bytes: IntCounterVec["source"] = "whimbrel_image_read_bytes_total";
+    /// Bytes of objects read from image stores, as they are stored there.
+    image_store_read_bytes: IntCounter = "whimbrel_image_store_read_bytes_total";
     /// Bytes of image blocks sent to peers.
     image_served_bytes: IntCounter = "whimbrel_image_served_bytes_total";
     /// Blocks of image caches whose bytes had changed.

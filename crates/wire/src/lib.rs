@@ -19,6 +19,8 @@
 
 pub mod api;
 pub mod error;
+#[cfg(test)]
+mod fuzz;
 pub mod id;
 pub mod meta;
 pub mod peer;

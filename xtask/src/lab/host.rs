@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,12 +21,18 @@ const AGENT_START_LIMIT: Duration = Duration::from_secs(30);
 /// RAM files of all VMs of a host together.
 const MEMORY_LIMIT: &str = "8G";
 
+/// Runs in mounts of its own: lays an empty directory over each of its first arguments, then becomes what follows `--`.
+const ALONE: &str =
+    r#"while [ "$1" != -- ]; do mount -t tmpfs -o size=4k,mode=0 none "$1" || exit; shift; done; shift; exec "$@""#;
+
 /// See the module's charter.
 pub struct Host {
     name: String,
     /// Its place in the namespaces, `NAME` of `ip netns`.
     dir: PathBuf,
     peer_address: String,
+    /// Directories that its agent must not see.
+    hidden: RefCell<Vec<PathBuf>>,
     whimbrel: RefCell<PathBuf>,
     agent: RefCell<Option<Child>>,
 }
@@ -45,6 +53,23 @@ pub struct VmArgs<'a> {
     pub net: bool,
 }
 
+impl VmArgs<'_> {
+    /// The words of `vm run`.
+    pub fn words(&self, image: &Image) -> Vec<String> {
+        let (memory, vcpus) = (format!("{}M", self.memory_mib), self.vcpus.to_string());
+        let append = format!("{APPEND} {}", self.workload);
+        let (kernel, initrd) = (image.kernel.to_string_lossy(), image.initrd.to_string_lossy());
+        let mut args = vec!["vm", "run", self.name, "--volume", self.volume, "--memory", &memory];
+        args.extend(["--vcpus", &vcpus, "--accel", "tcg", "--kernel", &kernel, "--initrd", &initrd]);
+        args.extend(["--append", &append]);
+        if self.net {
+            args.extend(["--net", "bridge=br0"]);
+        }
+        args.push("--");
+        args.into_iter().map(str::to_owned).chain(port_args("{run}")).collect()
+    }
+}
+
 /// Sockets of a VM's two ports on one host.
 #[derive(Clone, Debug)]
 pub struct VmSockets {
@@ -56,7 +81,14 @@ pub struct VmSockets {
 
 impl Host {
     /// Makes the namespace and the directories.
-    pub(super) fn new(lab: &Path, lab_name: &str, number: usize, qemu: &Qemu) -> Result<Host> {
+    /// `number` counts within the lab, `place` is the host's own on the hosts' network.
+    pub(super) fn new(
+        lab: &Path,
+        lab_name: &str,
+        number: usize,
+        place: usize,
+        qemu: &Qemu,
+    ) -> Result<Host> {
         let name = format!("{lab_name}-h{number}");
         let dir = lab.join(format!("h{number}"));
         for sub in ["data", "run", "memory"] {
@@ -65,12 +97,13 @@ impl Host {
         let memory = dir.join("memory");
         let options = format!("size={MEMORY_LIMIT},mode=755,huge=advise");
         cmd::run(cmd("mount", &["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&memory))?;
-        net::add_host(&name, number)?;
-        let peer_address = format!("{}:7420", net::address(number));
+        net::add_host(&name, place)?;
+        let peer_address = format!("{}:7420", net::address(place));
         let host = Host {
             name,
             dir,
             peer_address,
+            hidden: RefCell::default(),
             whimbrel: RefCell::new(PathBuf::new()),
             agent: RefCell::new(None),
         };
@@ -128,6 +161,11 @@ impl Host {
         c
     }
 
+    /// From its next start on the agent runs in mounts of its own, where these directories are empty.
+    pub fn hide(&self, directories: Vec<PathBuf>) {
+        self.hidden.replace(directories);
+    }
+
     /// Starts the agent, and waits until it answers.
     pub fn start_agent(&self, whimbrel: &Path) -> Result<()> {
         self.start_agent_with(whimbrel, &[])
@@ -138,7 +176,15 @@ impl Host {
         self.whimbrel.replace(whimbrel.to_path_buf());
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path());
         let log = log.context("open the agent's log")?;
-        let mut c = self.command(whimbrel);
+        let hidden = self.hidden.borrow();
+        let mut c = if hidden.is_empty() {
+            self.command(whimbrel)
+        } else {
+            let mut c = self.command(Path::new("unshare"));
+            c.args(["--mount", "--propagation", "private", "sh", "-c", ALONE, "sh"]);
+            c.args(hidden.iter()).arg("--").arg(whimbrel);
+            c
+        };
         c.arg("--socket").arg(self.socket()).args(["agent", "--config"]).arg(self.config_path());
         c.env("WHIMBREL_LOG", std::env::var("WHIMBREL_LOG").unwrap_or_else(|_| "info".to_owned()));
         c.env("NO_COLOR", "1").env_remove("WHIMBREL_FAILPOINT").envs(env.iter().copied());
@@ -147,7 +193,7 @@ impl Host {
         self.agent.replace(Some(child));
         let end = Instant::now() + AGENT_START_LIMIT;
         loop {
-            if std::os::unix::net::UnixStream::connect(self.socket()).is_ok() {
+            if UnixStream::connect(self.socket()).is_ok() {
                 return Ok(());
             }
             let ended = self.agent.borrow_mut().as_mut().and_then(|c| c.try_wait().ok().flatten());
@@ -224,6 +270,20 @@ impl Host {
         serde_json::from_str(&text).with_context(|| format!("read what `{}` printed", args.join(" ")))
     }
 
+    /// A figure of the agent's `/metrics`, summed over its labels; 0 if it was never counted.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        let what = || format!("read the metrics of {}", self.name);
+        let mut stream = UnixStream::connect(self.socket()).with_context(what)?;
+        let ask = "GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n";
+        stream.write_all(ask.as_bytes()).with_context(what)?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).with_context(what)?;
+        let ours = text.lines().filter_map(|line| line.strip_prefix(name)?.rsplit_once(' '));
+        ours.filter(|(labels, _)| labels.is_empty() || labels.starts_with('{'))
+            .map(|(_, value)| value.parse::<f64>().with_context(what))
+            .sum()
+    }
+
     /// Publishes an image and makes a volume over it.
     pub fn publish(&self, file: &Path, image: &str) -> Result<Value> {
         self.whimbrel(&["image", "publish", &file.to_string_lossy(), "--format", "raw", "--name", image])
@@ -231,19 +291,8 @@ impl Host {
 
     /// `vm run`, with the workload's ports.
     pub fn run_vm(&self, vm: &VmArgs<'_>, image: &Image) -> Result<Value> {
-        let (memory, vcpus) = (format!("{}M", vm.memory_mib), vm.vcpus.to_string());
-        let append = format!("{APPEND} {}", vm.workload);
-        let (kernel, initrd) = (image.kernel.to_string_lossy(), image.initrd.to_string_lossy());
-        let mut args = vec!["vm", "run", vm.name, "--volume", vm.volume, "--memory", &memory];
-        args.extend(["--vcpus", &vcpus, "--accel", "tcg", "--kernel", &kernel, "--initrd", &initrd]);
-        args.extend(["--append", &append]);
-        if vm.net {
-            args.extend(["--net", "bridge=br0"]);
-        }
-        args.push("--");
-        let ports = port_args("{run}");
-        args.extend(ports.iter().map(String::as_str));
-        self.whimbrel(&args)
+        let args = vm.words(image);
+        self.whimbrel(&args.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// Where the sockets of a VM are on this host; they need not exist yet.

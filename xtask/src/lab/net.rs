@@ -28,19 +28,22 @@ impl Link {
     }
 }
 
+/// The address of the lab itself on the hosts' network.
+pub const FABRIC_ADDRESS: &str = "10.77.0.1";
+
 fn ip(args: &str) -> Result<()> {
     run(&mut cmd("ip", &args.split_whitespace().collect::<Vec<_>>()))
 }
 
 /// Bridges of one lab; interfaces of an earlier one in the same namespaces are replaced.
 pub fn make_fabric(lab: &str) -> Result<()> {
-    for (bridge, address) in [("fab0", "10.77.0.1/24"), ("guests0", "10.78.0.1/24")] {
+    for (bridge, address) in [("fab0", FABRIC_ADDRESS), ("guests0", "10.78.0.1")] {
         if fs::exists(format!("/sys/class/net/{bridge}")).context("look for a bridge")? {
             continue;
         }
         ip(&format!("link add {bridge} type bridge forward_delay 0"))
             .with_context(|| format!("make the network of lab {lab}"))?;
-        ip(&format!("addr add {address} dev {bridge}"))?;
+        ip(&format!("addr add {address}/24 dev {bridge}"))?;
         ip(&format!("link set {bridge} up"))?;
     }
     Ok(())

@@ -31,6 +31,7 @@ use object_store::{
 };
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::metrics::metrics;
 use breaker::Breaker;
 
 /// For reading a block or a small object.
@@ -123,6 +124,11 @@ impl Repo {
         self.fetched_bytes.load(Ordering::Relaxed)
     }
 
+    fn count_fetched(&self, bytes: usize) {
+        self.fetched_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        metrics().image_store_read_bytes.inc_by(bytes as u64);
+    }
+
     /// Bytes of objects written so far.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes.load(Ordering::Relaxed)
@@ -154,7 +160,7 @@ impl Repo {
             }
             Err(error) => return Err(error).with_context(what),
         };
-        self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.count_fetched(bytes.len());
         if bytes.len() as u64 != length {
             return Err(too_short(offset + bytes.len() as u64, offset + length)).with_context(what);
         }
@@ -179,7 +185,7 @@ impl Repo {
                 Error::new(ErrorKind::Corrupt, format!("it has {size} bytes, {max_bytes} are the limit"));
             return Err(error).with_context(what);
         }
-        self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.count_fetched(bytes.len());
         Ok(bytes)
     }
 

@@ -153,7 +153,7 @@ impl Header {
         head
     }
 
-    fn check_of(&self, before_payload: &[u8], decoded: &[u8]) -> u32 {
+    pub(crate) fn check_of(&self, before_payload: &[u8], decoded: &[u8]) -> u32 {
         let crc = crc32c::crc32c(&self.head());
         crc32c::crc32c_append(crc32c::crc32c_append(crc, before_payload), decoded)
     }
