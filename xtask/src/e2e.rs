@@ -9,7 +9,9 @@
 //!
 //! Not here: measuring speed (`bench/`), the simulator's far larger number of faults (`crates/sim`).
 
+mod errors;
 mod kill;
+mod memory;
 mod scenario;
 mod swarm;
 
@@ -43,6 +45,8 @@ pub struct Context<'a> {
     pub lab: &'a Lab,
     /// The product's program.
     pub program: &'a Path,
+    /// QEMU of another version, if it is to be had.
+    pub other_qemu: Option<qemu::Qemu>,
     /// Program of the object store that some scenarios read from.
     pub s3s_fs: PathBuf,
     /// More rounds.
@@ -65,11 +69,14 @@ pub fn run(options: &Options) -> Result<()> {
             None => check::build(false)?,
         };
         let image = guest::tiny()?;
+        let all = qemu::ensure_all()?;
+        let other = all.iter().find(|q| q.version != options.qemu).map(|q| q.bin.clone());
         let prepared = [
             ("WHIMBREL_E2E_PROGRAM", program),
             ("WHIMBREL_E2E_QEMU", qemu::ensure(options.qemu)?.bin),
             ("WHIMBREL_E2E_DISK", image.disk),
             ("WHIMBREL_E2E_S3S_FS", check::tool("s3s-fs")?),
+            ("WHIMBREL_E2E_OTHER_QEMU", other.unwrap_or_default()),
         ];
         return lab::enter(&prepared);
     }
@@ -90,7 +97,13 @@ pub fn run(options: &Options) -> Result<()> {
     lab.start_cluster(&program)?;
     lab.hosts().first().context("a lab has hosts")?.publish(&lab.image.disk, IMAGE)?;
     let s3s_fs = lab::prepared("WHIMBREL_E2E_S3S_FS")?;
-    let context = Context { lab: &lab, program: &program, s3s_fs, long: options.long };
+    let other = lab::prepared("WHIMBREL_E2E_OTHER_QEMU")?;
+    let other_qemu = if other.as_os_str().is_empty() {
+        None
+    } else {
+        Some(qemu::Qemu { version: qemu::version_of(&other)?, bin: other })
+    };
+    let context = Context { lab: &lab, program: &program, other_qemu, s3s_fs, long: options.long };
     let mut failed = Vec::new();
     for (name, scenario) in &chosen {
         let started = Instant::now();

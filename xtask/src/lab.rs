@@ -104,6 +104,12 @@ impl Lab {
         net::bytes_out(from.name())
     }
 
+    /// Makes one more QEMU visible in the lab.
+    pub fn show_qemu(&self, qemu: &Qemu) -> Result<Qemu> {
+        let place = self.dir.join(format!("qemu-{}", qemu.version.name()));
+        Ok(Qemu { version: qemu.version, bin: show_through(&qemu.bin, &place, "bin")? })
+    }
+
     /// Lets each agent see its own host's directory only, and none of other labs' or of stores; programs and guest
     /// images stay visible. To be called before the agents start.
     pub fn hide_hosts_from_each_other(&self) -> Result<()> {

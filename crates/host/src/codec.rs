@@ -185,3 +185,18 @@ mod test {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// A compressed block of another host.
+        fn packed(bytes) seeds [
+            Compressor::new().and_then(|mut pack| pack.compress_all(1, &[7; 4096])).expect("compress"),
+        ] {
+            let mut out = [0; 4096];
+            let _ = Decompressor::new().expect("make a decompressor").decompress(bytes, &mut out);
+        }
+    }
+}

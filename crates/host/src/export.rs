@@ -25,6 +25,8 @@ mod blk;
 mod dirty;
 mod event;
 mod frontend;
+#[cfg(test)]
+mod fuzz;
 mod guest_ram;
 mod inflight;
 pub mod nbd;

@@ -166,3 +166,22 @@ mod test {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// A configuration file, edited by hand.
+        fn files(bytes) seeds [
+            toml::to_string(&Config { name: "h".into(), ..Config::default() }).expect("write the defaults"),
+            b"name = 'a'\nlisten = '0.0.0.0:1'\ndomains = ['x']\n[meta]\netcd = ['https://h:1']",
+        ] {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            if let Ok(config) = Config::parse(text) {
+                let again = toml::to_string(&config).expect("what was read can be written");
+                assert!(Config::parse(&again).is_ok(), "{again}");
+            }
+        }
+    }
+}

@@ -4,16 +4,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{Context, IMAGE, Scenario, kill, swarm};
+use super::{Context, IMAGE, Scenario, errors, kill, memory, swarm};
 use crate::cmd::output;
 use crate::flight::Flight;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
-pub const ANY_VERSION: [&str; 1] = ["eight hosts boot"];
+pub const ANY_VERSION: [&str; 2] = ["eight hosts boot", "an agent's memory"];
 
 /// In the order they run.
-pub const ALL: [Scenario; 9] = [
+pub const ALL: [Scenario; 11] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("twenty moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("twenty moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -22,6 +22,8 @@ pub const ALL: [Scenario; 9] = [
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
     ("everything is killed at every step", kill::everything_is_killed_at_every_step),
     ("eight hosts boot from one image and the store is read once", swarm::store_is_read_once),
+    ("an agent's memory stays within its limits", memory::agent_memory),
+    ("what goes wrong around a VM is told and leaves it alone", errors::errors_leave_the_vm_alone),
     ("mistakes are answered with what, where and what to do", mistakes),
 ];
 

@@ -125,6 +125,11 @@ impl Host {
         )
     }
 
+    /// From the next start of its agent on this host runs another QEMU.
+    pub fn use_qemu(&self, qemu: &Qemu) -> Result<()> {
+        fs::write(self.config_path(), self.config(qemu)).context("write the agent's configuration")
+    }
+
     fn config_path(&self) -> PathBuf {
         self.dir.join("whimbrel.toml")
     }
@@ -173,18 +178,27 @@ impl Host {
 
     /// The same with environment variables, such as an armed fail point.
     pub fn start_agent_with(&self, whimbrel: &Path, env: &[(&str, &str)]) -> Result<()> {
+        self.launch_agent(whimbrel, env, &[])
+    }
+
+    /// The same for an agent that lacks a capability, such as `sys_ptrace`.
+    pub fn start_agent_without_capability(&self, whimbrel: &Path, capability: &str) -> Result<()> {
+        let without = [format!("--bounding-set=-{capability}"), format!("--inh-caps=-{capability}")];
+        self.launch_agent(whimbrel, &[], &["setpriv", &without[0], &without[1], "--"])
+    }
+
+    /// `through`: words in front of the agent's own command.
+    fn launch_agent(&self, whimbrel: &Path, env: &[(&str, &str)], through: &[&str]) -> Result<()> {
         self.whimbrel.replace(whimbrel.to_path_buf());
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path());
         let log = log.context("open the agent's log")?;
         let hidden = self.hidden.borrow();
-        let mut c = if hidden.is_empty() {
-            self.command(whimbrel)
-        } else {
-            let mut c = self.command(Path::new("unshare"));
-            c.args(["--mount", "--propagation", "private", "sh", "-c", ALONE, "sh"]);
-            c.args(hidden.iter()).arg("--").arg(whimbrel);
-            c
-        };
+        let mut c = cmd("ip", &["netns", "exec", &self.name]);
+        if !hidden.is_empty() {
+            c.args(["unshare", "--mount", "--propagation", "private", "sh", "-c", ALONE, "sh"]);
+            c.args(hidden.iter()).arg("--");
+        }
+        c.args(through).arg(whimbrel);
         c.arg("--socket").arg(self.socket()).args(["agent", "--config"]).arg(self.config_path());
         c.env("WHIMBREL_LOG", std::env::var("WHIMBREL_LOG").unwrap_or_else(|_| "info".to_owned()));
         c.env("NO_COLOR", "1").env_remove("WHIMBREL_FAILPOINT").envs(env.iter().copied());

@@ -107,3 +107,18 @@ async fn forget_ended(store: &dyn MetaStore) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// Tokens that people paste.
+        fn tokens(bytes) seeds [JoinToken::random([7; 32]).to_text()] {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            if let Ok(token) = text.parse::<JoinToken>() {
+                assert_eq!(token.to_text().parse::<JoinToken>().expect("it was read before").to_text(), token.to_text());
+            }
+        }
+    }
+}

@@ -3,6 +3,7 @@
 mod crash;
 mod faults;
 mod figures;
+mod fuzz;
 mod kill;
 mod model;
 mod ship;

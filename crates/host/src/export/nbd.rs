@@ -14,6 +14,8 @@
 //!
 //! Not here: TLS; who may connect is the socket's owner and mode.
 
+#[cfg(test)]
+mod fuzz;
 mod handshake;
 mod proto;
 mod session;

@@ -248,3 +248,19 @@ mod test {
         assert_eq!(parse_cpu_models(new), ["486", "max"]);
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// What a program prints that is said to be QEMU.
+        fn printed(bytes) seeds [
+            b"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)",
+            b"Available CPUs:\nx86 486  (alias configured)\n  qemu64\n\nRecognized CPUID flags:\n",
+        ] {
+            let text = String::from_utf8_lossy(bytes);
+            let _ = (parse_version(&text), parse_cpu_models(&text));
+        }
+    }
+}

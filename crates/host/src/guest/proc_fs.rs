@@ -136,3 +136,22 @@ mod test {
         has_capability(pid, CAP_SYS_PTRACE).unwrap();
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// Lines of /proc, in which a process writes its own name and paths.
+        fn lines(bytes) seeds [
+            b"7f0000000000-7f0000001000 rw-s 00001000 00:19 1234 /dev/shm/ram",
+            b"12 (a (strange) name) S 1 1 1 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 5000 0 0",
+        ] {
+            let text = String::from_utf8_lossy(bytes);
+            let _ = parse_mapping(&text);
+            for field in [1, 2, 3, 22, usize::from(bytes.first().copied().unwrap_or(0))] {
+                let _ = stat_field(&text, field);
+            }
+        }
+    }
+}

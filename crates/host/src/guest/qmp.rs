@@ -563,3 +563,49 @@ mod test {
         assert_eq!(silent.kind(), ErrorKind::TimedOut);
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+    use std::io::Write as _;
+    use std::sync::OnceLock;
+
+    const GREETING: &[u8] =
+        b"{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}}, \"capabilities\": []}}\n";
+
+    /// A QEMU that says `said` and goes away.
+    fn talk_to(said: &[u8]) {
+        static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
+        let path = DIR.get_or_init(|| tempfile::tempdir().expect("make a directory")).path().join("qmp.sock");
+        let _ = std::fs::remove_file(&path);
+        let listener = std::os::unix::net::UnixListener::bind(&path).expect("listen");
+        let said = said.to_vec();
+        let qemu = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("accept");
+            let _ = stream.write_all(&said);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            // Read to the end, so that the other side sees our words before a reset.
+            let _ = std::io::copy(&mut stream, &mut io::sink());
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("make a runtime");
+        runtime.block_on(async {
+            let limit = Duration::from_secs(2);
+            let Ok(qmp) = Qmp::connect(&path, limit).await else { return };
+            let _: Result<Value> = qmp.execute_within("query-status", json!({}), limit).await;
+        });
+        drop(runtime);
+        qemu.join().expect("the other side ends");
+    }
+
+    whimbrel_fuzz::fuzz! {
+        /// Everything that comes out of a QMP socket.
+        fn replies(bytes) seeds [
+            b"{\"return\": {}, \"id\": 1}\n{\"return\": {\"status\": \"running\"}, \"id\": 2}\n",
+            b"{\"event\": \"STOP\", \"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"data\": {}}\n",
+            b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 1}\n",
+        ] {
+            talk_to(bytes);
+            talk_to(&[GREETING, bytes].concat());
+        }
+    }
+}

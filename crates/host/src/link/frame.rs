@@ -143,3 +143,28 @@ async fn read_bytes(io: &mut (impl AsyncRead + Unpin), length: usize) -> Result<
     }
     Ok(bytes.freeze())
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+    use futures_util::FutureExt as _;
+    use whimbrel_wire::peer::{CallHead, Hello, Welcome};
+
+    whimbrel_fuzz::fuzz! {
+        /// A connection's bytes: frames, and what they carry.
+        fn connection(bytes) seeds [{
+            let mut staged = BytesMut::new();
+            let json = to_json(&Hello { versions: vec![1], program: String::new(), open: None }, "a hello");
+            let hello = Frame::new(FrameKind::Hello, 0, json.unwrap_or_default(), Bytes::from_static(b"payload"));
+            hello.expect("a short frame").stage(&mut staged);
+            Frame::bare(FrameKind::Ping, 3).stage(&mut staged);
+            staged
+        }] {
+            let mut io = bytes;
+            while let Ok(Some(frame)) = read_frame(&mut io).now_or_never().expect("bytes in memory do not wait") {
+                let _ = (frame.parse::<Hello>(""), frame.parse::<Welcome>(""), frame.parse::<CallHead>(""));
+                let _ = frame.error();
+            }
+        }
+    }
+}

@@ -272,3 +272,25 @@ impl Watch {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// Answers of the host that keeps the store: a line of JSON, then the values.
+        fn answers(bytes) seeds [
+            b"{\"rev\":3,\"items\":[{\"key\":\"a\",\"mod_rev\":1,\"len\":2}],\"more\":false}\nxy",
+            b"{\"rev\":3,\"events\":[{\"key\":\"a\",\"mod_rev\":1,\"len\":2},{\"key\":\"b\",\"mod_rev\":2}]}\nxy",
+        ] {
+            let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else { return };
+            let values = Bytes::copy_from_slice(&bytes[end + 1..]);
+            if let Ok(part) = serde_json::from_slice::<Items>(&bytes[..end]) {
+                let _ = join_items(part.items, values.clone());
+            }
+            if let Ok(message) = serde_json::from_slice::<WatchMessage>(&bytes[..end]) {
+                let _ = join_events(message, values);
+            }
+        }
+    }
+}

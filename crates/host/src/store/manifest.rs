@@ -273,3 +273,64 @@ fn hash_of(mut file: &File) -> Result<[u8; 32]> {
         };
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    fn file(bytes: &[u8]) -> File {
+        let file = rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("make a file");
+        let file = File::from(file);
+        file.write_all_at(bytes, 0).expect("fill a file");
+        file
+    }
+
+    /// 100 blocks, three of them stored in one pack.
+    fn manifest() -> Vec<u8> {
+        let header = ManifestHeader { size_bytes: 100 << 17, packs: 1, entries: 3, data_bytes: 3 << 17 };
+        let mut bytes = vec![0; usize::try_from(header.file_bytes()).unwrap_or(0)];
+        let mut put = |at: u64, part: &[u8]| bytes[at as usize..at as usize + part.len()].copy_from_slice(part);
+        put(0, &header.encode());
+        put(header.directory_at(0), &Directory { present: 0b101, first_entry: 0 }.encode());
+        put(header.directory_at(1), &Directory { present: 1 << 35, first_entry: 2 }.encode());
+        for number in 0..3 {
+            let hash = BlockHash([number as u8; 32]);
+            let entry = Entry { hash, pack: 0, offset: 0, length: 100, encoding: Encoding::Zstd };
+            put(header.entry_at(number), &entry.encode());
+        }
+        bytes
+    }
+
+    whimbrel_fuzz::fuzz! {
+        /// A manifest whose hash is right, from somebody who publishes rubbish.
+        fn manifests(bytes) seeds [manifest()] {
+            let Ok(manifest) = Manifest::checked(Path::new("manifest"), file(bytes), ImageId([0; 32])) else { return };
+            let blocks = manifest.blocks();
+            for block in (0..blocks.min(500)).chain([blocks.saturating_sub(1), blocks, u64::MAX]) {
+                let place = manifest.place(block);
+                assert_eq!(manifest.is_stored(block), !matches!(place, Ok(None)), "block {block}");
+                if block < blocks {
+                    assert!((1..=blocks - block).contains(&manifest.run(block)));
+                }
+            }
+            let _ = (manifest.packs(), manifest.part(0, 10), manifest.part(u64::MAX, 10));
+        }
+
+        /// A stored block: what a store or a peer sends in its place.
+        fn blocks(bytes) seeds [zstd::bulk::compress(&[7; 5000], 1).expect("compress"), b"raw"] {
+            for encoding in [Encoding::Raw, Encoding::Zstd] {
+                let place = Place {
+                    hash: BlockHash::of(b"raw"),
+                    len: 3,
+                    pack: PackId([0; 32]),
+                    offset: 0,
+                    stored_len: bytes.len() as u64,
+                    encoding,
+                };
+                if let Ok(block) = decode_block(&place, Bytes::copy_from_slice(bytes)) {
+                    assert_eq!(block, "raw");
+                }
+            }
+        }
+    }
+}

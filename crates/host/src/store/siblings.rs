@@ -140,3 +140,25 @@ fn build(path: &Path, manifest: &Manifest) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// The index of hashes, as it was found on the disk.
+        fn index(bytes) seeds [
+            [MAGIC.as_slice(), &[1, 0, 0, 0, 0, 0, 0, 0, 1], &[0; 15], &[2], &[0; 7], &[0; 32]].concat(),
+        ] {
+            let file = rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("make a file");
+            let file = File::from(file);
+            file.write_all_at(bytes, 0).expect("fill a file");
+            let Ok(hashes) = Hashes::read(file) else { return };
+            for (start, length) in &hashes.runs {
+                for at in [0, length.saturating_sub(1)].into_iter().filter(|at| at < length) {
+                    let _ = hashes.item(*start, at).expect("items lie inside the file");
+                }
+            }
+        }
+    }
+}

@@ -371,3 +371,18 @@ impl Drop for RawTerminal {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// What stands behind --net.
+        fn nets(bytes) seeds [b"bridge=br0,mac=52:54:00:00:00:01"] {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            if let Ok(net) = parse_net(text) {
+                assert!(!net.bridge.is_empty());
+            }
+        }
+    }
+}

@@ -265,3 +265,17 @@ mod test {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    whimbrel_fuzz::fuzz! {
+        /// QEMU's list of RAM blocks.
+        fn listed_blocks(bytes) seeds [
+            b"   Block Name    PSize   Offset   Used   Total\r\n ram    4 KiB  0x0 0x8000000 0x8000000\r\n",
+        ] {
+            let _ = parse_blocks(&String::from_utf8_lossy(bytes));
+        }
+    }
+}

@@ -317,3 +317,49 @@ fn vmdk_names(path: &Path, file: &File) -> Result<Names> {
     }
     Ok(Names::default())
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    fn qcow2() -> Vec<u8> {
+        let mut head = vec![0; 200];
+        let mut put = |at: usize, bytes: &[u8]| head[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &QCOW2_MAGIC.to_be_bytes());
+        put(4, &3u32.to_be_bytes());
+        put(8, &150u64.to_be_bytes());
+        put(16, &8u32.to_be_bytes());
+        put(72, &QCOW2_DATA_FILE.to_be_bytes());
+        put(100, &104u32.to_be_bytes());
+        put(104, &EXTENSION_BACKING_FORMAT.to_be_bytes());
+        put(108, &3u32.to_be_bytes());
+        put(112, b"raw");
+        put(120, &EXTENSION_DATA_FILE.to_be_bytes());
+        put(124, &4u32.to_be_bytes());
+        put(128, b"data");
+        put(150, b"base.img");
+        head
+    }
+
+    fn vmdk() -> Vec<u8> {
+        let mut head = vec![0; 1100];
+        head[..4].copy_from_slice(b"KDMV");
+        (head[12], head[28], head[36]) = (8, 1, 1);
+        head[512..525].copy_from_slice(b"CID=fffffffe\n");
+        head
+    }
+
+    whimbrel_fuzz::fuzz! {
+        /// Headers of images that somebody else made.
+        fn image_headers(bytes) seeds [qcow2(), vmdk(), b"# Disk DescriptorFile"] {
+            let file = rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("make a file");
+            let file = File::from(file);
+            file.write_all_at(bytes, 0).expect("fill a file");
+            let path = Path::new("image");
+            if let Ok(names) = qcow2_names(path, &file) {
+                assert!(names.backing.is_none_or(|name| name.len() <= NAME_LEN_MAX as usize));
+            }
+            let _ = vmdk_names(path, &file);
+        }
+    }
+}
