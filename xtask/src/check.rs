@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cmd::{capture, cmd, find_program, output, run, tail};
 use crate::install::{self, Purpose};
-use crate::{e2e, guest, paths, qemu, tidy};
+use crate::{e2e, fuzz, guest, paths, qemu, tidy};
 
 /// What to run.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,7 +36,7 @@ struct Outcome {
 
 type Stage = (&'static str, fn(&Options) -> Result<()>);
 
-const STAGES: [Stage; 13] = [
+const STAGES: [Stage; 14] = [
     ("format", |_| run(&mut cargo(&["fmt", "--all", "--check"]))),
     ("tidy", |_| tidy::run()),
     ("clippy", |_| {
@@ -53,6 +53,13 @@ const STAGES: [Stage; 13] = [
     ("command line docs", |_| tidy::cli_docs(&build(false)?, false)),
     ("tests", tests),
     ("doc tests", |_| run(&mut cargo(&["test", "--quiet", "--workspace", "--doc"]))),
+    ("long fuzzing", |options| {
+        if options.long {
+            return fuzz::run_for(fuzz::SECONDS, "");
+        }
+        println!("a few thousand inputs per target ran among the tests; --long gives each a minute, with coverage");
+        Ok(())
+    }),
     ("simulator", simulator),
     ("end to end", end_to_end),
 ];
@@ -60,6 +67,7 @@ const STAGES: [Stage; 13] = [
 /// Runs every stage.
 pub fn run_all(options: &Options) -> Result<()> {
     install::ensure(&[Purpose::Build, Purpose::Run, Purpose::Test], options.no_install)?;
+    install::ensure_namespaces()?;
     let mut outcomes = Vec::new();
     for (name, stage) in STAGES {
         println!("── {name}");

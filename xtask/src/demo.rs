@@ -60,6 +60,7 @@ struct Outcome {
 pub fn run(options: &Options) -> Result<()> {
     if !lab::inside() {
         install::ensure(&[Purpose::Build, Purpose::Run], options.no_install)?;
+        install::ensure_namespaces()?;
         eprintln!("building");
         let prepared = [
             ("WHIMBREL_DEMO_PROGRAM", check::build(true)?),
@@ -94,7 +95,10 @@ fn own_image() -> Result<Image> {
     if install::is_root() {
         return guest::debian();
     }
-    eprintln!("not root: showing the small image instead of Debian's");
+    eprintln!(
+        "not root: showing the small image instead of Debian's, which takes root to make; the hosts are in a user \
+         namespace, where guests run as its only user"
+    );
     guest::tiny()
 }
 

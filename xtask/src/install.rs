@@ -74,16 +74,29 @@ impl Purpose {
     }
 }
 
-/// What is missing, with the line that would install it.
+/// What is missing on this machine, with what would bring it.
 #[derive(Debug)]
-pub struct Missing {
-    packages: Vec<&'static str>,
+pub enum Missing {
+    /// Debian packages.
+    Packages(Vec<&'static str>),
+    /// The right to make namespaces; what `unshare` said.
+    Namespaces(String),
 }
 
 impl std::fmt::Display for Missing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let packages = self.packages.join(" ");
-        write!(f, "Debian packages are missing; as root, run:\n  {}", install_line(&packages))
+        match self {
+            Missing::Packages(packages) => {
+                let line = install_line(&packages.join(" "));
+                write!(f, "Debian packages are missing; as root, run:\n  {line}")
+            }
+            Missing::Namespaces(said) => write!(
+                f,
+                "several hosts on one machine take network and mount namespaces, which this user may not make \
+                 ({said}); run this as root, or as root allow user namespaces:\n  \
+                 sysctl -w user.max_user_namespaces=10000 kernel.unprivileged_userns_clone=1"
+            ),
+        }
     }
 }
 
@@ -96,6 +109,18 @@ fn install_line(packages: &str) -> String {
 /// Whether this process may install packages.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Makes sure that this process may make the namespaces of a lab. [`Missing`] is the error when it may not.
+pub fn ensure_namespaces() -> Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    let out = output(&mut cmd("unshare", &["--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "true"]))?;
+    if out.status.success() {
+        return Ok(());
+    }
+    Err(Missing::Namespaces(String::from_utf8_lossy(&out.stderr).trim().to_owned()).into())
 }
 
 /// Makes sure that the packages of `purposes` are there. [`Missing`] is the error when they are not and may not
@@ -111,7 +136,7 @@ pub fn ensure(purposes: &[Purpose], no_install: bool) -> Result<()> {
         return Ok(());
     }
     if no_install || !is_root() {
-        return Err(Missing { packages }.into());
+        return Err(Missing::Packages(packages).into());
     }
     eprintln!("installing what is missing: {}", packages.join(" "));
     if lists_are_old() {
@@ -174,7 +199,7 @@ mod test {
 
     #[test]
     fn what_is_missing_is_told_with_the_exact_line() {
-        let said = Missing { packages: vec!["fio", "nbdkit"] }.to_string();
+        let said = Missing::Packages(vec!["fio", "nbdkit"]).to_string();
         assert!(said.ends_with("apt-get install -y --no-install-recommends fio nbdkit"), "{said}");
     }
 

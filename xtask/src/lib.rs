@@ -24,6 +24,7 @@ pub mod cpu;
 pub mod demo;
 pub mod e2e;
 pub mod flight;
+pub mod fuzz;
 pub mod guest;
 pub mod install;
 pub mod lab;

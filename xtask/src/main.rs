@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::qemu::Version;
-use xtask::{beat, bench, check, demo, e2e, guest, install, tidy};
+use xtask::{beat, bench, check, demo, e2e, fuzz, guest, install, tidy};
 
 /// Demo, test, bench, tidy and guest images.
 #[derive(Parser)]
@@ -79,6 +79,15 @@ enum Cmd {
         #[arg(long)]
         only: Option<bench::Side>,
     },
+    /// Fuzzes decoders, with coverage; the corpus stays under target/fuzz.
+    Fuzz {
+        /// Per target.
+        #[arg(long, default_value_t = fuzz::SECONDS)]
+        seconds: u64,
+        /// Only targets whose name contains this.
+        #[arg(default_value = "")]
+        only: String,
+    },
     /// House rules that no compiler checks.
     Tidy {
         /// Write docs/cli.md from the program's help.
@@ -144,6 +153,7 @@ fn dispatch(command: &Cmd) -> Result<()> {
             no_install: *no_install,
             only: *only,
         })?,
+        Cmd::Fuzz { seconds, only } => fuzz::run_for(*seconds, only)?,
         Cmd::Tidy { write_cli: true } => tidy::cli_docs(&check::build(false)?, true)?,
         Cmd::Tidy { write_cli: false } => tidy::run()?,
         Cmd::Qemu => {

@@ -1,7 +1,5 @@
 //! The lab's network: two bridges (hosts, guests), a veth pair per host to each, and link classes.
 
-use std::fs;
-
 use anyhow::{Context as _, Result};
 
 use crate::cmd::{capture, cmd, run};
@@ -35,10 +33,15 @@ fn ip(args: &str) -> Result<()> {
     run(&mut cmd("ip", &args.split_whitespace().collect::<Vec<_>>()))
 }
 
-/// Bridges of one lab; interfaces of an earlier one in the same namespaces are replaced.
+/// Whether this network namespace has an interface; /sys shows those of the namespace it was mounted in.
+fn has_interface(name: &str) -> Result<bool> {
+    Ok(crate::cmd::output(&mut cmd("ip", &["link", "show", "dev", name]))?.status.success())
+}
+
+/// The bridges, which all labs of one process share.
 pub fn make_fabric(lab: &str) -> Result<()> {
     for (bridge, address) in [("fab0", FABRIC_ADDRESS), ("guests0", "10.78.0.1")] {
-        if fs::exists(format!("/sys/class/net/{bridge}")).context("look for a bridge")? {
+        if has_interface(bridge)? {
             continue;
         }
         ip(&format!("link add {bridge} type bridge forward_delay 0"))
@@ -70,7 +73,7 @@ pub fn remove_host(ns: &str) -> Result<()> {
     ip(&format!("netns del {ns}"))?;
     for side in ["f", "g"] {
         let name = format!("{side}{}", ns.replace('-', ""));
-        if fs::exists(format!("/sys/class/net/{name}")).context("look for an interface")? {
+        if has_interface(&name)? {
             ip(&format!("link del {name}"))?;
         }
     }

@@ -585,7 +585,7 @@ mod fuzz {
             let _ = stream.write_all(&said);
             let _ = stream.shutdown(std::net::Shutdown::Write);
             // Read to the end, so that the other side sees our words before a reset.
-            let _ = std::io::copy(&mut stream, &mut io::sink());
+            let _ = io::copy(&mut stream, &mut io::sink());
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("make a runtime");
         runtime.block_on(async {

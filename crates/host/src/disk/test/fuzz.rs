@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use super::*;
-use crate::disk::check;
+use crate::disk::check::check;
 
 const SIZE: u64 = 1 << 20;
 
@@ -71,7 +71,7 @@ whimbrel_fuzz::fuzz! {
         for (name, content) in &changed {
             std::fs::write(path.join(name), content).unwrap();
         }
-        let _ = check::check(&path);
+        let _ = check(&path);
         if let Ok(layer) = Layer::open(&path, None, Epoch(u64::MAX - 1), true) {
             // A header may claim a disk of any size.
             let length = layer.size_bytes().min(2 * SIZE);
