@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::beat::{Receiver, Report};
-use crate::lab::{Host, Lab, VmArgs};
+use crate::lab::{Host, Lab, VmArgs, has_taps};
 use crate::status::{Status, counter};
 
 /// From the start of a VM to its first beat, at most; machines that emulate beside a build are slow.
@@ -87,8 +87,9 @@ impl<'a> Flight<'a> {
         let host = lab.hosts().get(at).context("start a VM on a host of the lab")?;
         let sockets: Vec<_> = lab.hosts().iter().map(|h| h.vm_sockets(name).beat).collect();
         let address = lab.guest_address();
-        let workload = format!("{workload} wg.ip={address}");
-        let args = VmArgs { name, volume, memory_mib, vcpus, workload: &workload, net: true };
+        let net = has_taps();
+        let workload = if net { format!("{workload} wg.ip={address}") } else { workload.to_owned() };
+        let args = VmArgs { name, volume, memory_mib, vcpus, workload: &workload, net };
         let started = Instant::now();
         host.run_vm(&args, &lab.image)?;
         let receiver = Receiver::on(&sockets);
@@ -101,7 +102,7 @@ impl<'a> Flight<'a> {
         let boot = started.elapsed();
         let mut status = Status::connect(&host.vm_sockets(name).status, READY_LIMIT)?;
         status.wait_ready(READY_LIMIT).with_context(|| console(host, name))?;
-        let address = Some(address.split('/').next().unwrap_or_default().to_owned());
+        let address = net.then(|| address.split('/').next().unwrap_or_default().to_owned());
         Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address })
     }
 

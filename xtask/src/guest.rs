@@ -306,7 +306,7 @@ exec $b switch_root /root /sbin/init
 const TINY_INIT: &str = r#"#!/bin/sh
 mount -t tmpfs run /run
 for w in $(cat /proc/cmdline); do
-  case $w in wg.read=*) cat "${w#wg.read=}" >/dev/null;; esac
+  case $w in boot.read=*) cat "${w#boot.read=}" >/dev/null;; esac
 done
 echo "whimbrel: booted"
 whimbrel-guest 2>&1

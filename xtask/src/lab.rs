@@ -150,6 +150,11 @@ impl Lab {
     }
 }
 
+/// Whether guests can have interfaces here: without root that depends on the mode of /dev/net/tun.
+pub fn has_taps() -> bool {
+    fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").is_ok()
+}
+
 /// The process of a VM's QEMU, on whatever host of this lab.
 pub fn qemu_pid(vm: &str) -> Result<u32> {
     process_with(&format!("/vms/{vm}/"))

@@ -59,7 +59,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
         ("the store's disk is full", |x| {
             let store = x.dir.join("small-store");
             fs::create_dir_all(&store).context("make a store")?;
-            run(cmd("mount", &["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&store))?;
+            run(cmd("mount", &["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(&store))?;
             let (file, store_name) = (x.disk.to_string_lossy(), store.to_string_lossy());
             let args =
                 ["image", "publish", &file, "--format", "raw", "--name", "no:room", "--store", &store_name];
@@ -124,10 +124,10 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             let (name, store) = x.own_store("manifest")?;
             damage(&store, "manifests")?;
             let mut said = Vec::new();
-            let create = ["volume", "create", "over-rubbish", "--image", &name];
-            said.extend(x.fails(x.target, &create, &[&name, "damaged", "publish the image again"])?);
+            let fetch = ["image", "prefetch", &name];
+            said.extend(x.fails(x.target, &fetch, &[&name, "damaged", "publish the image again"])?);
             fs::remove_dir_all(&store).context("remove a store")?;
-            said.extend(x.fails(x.other, &create, &[&name])?);
+            said.extend(x.fails(x.other, &fetch, &[&name, "store-manifest"])?);
             Ok(joined(said))
         }),
     ];

@@ -89,6 +89,7 @@ fn images(c: &Context<'_>, lab: &Lab, found: &mut Findings) -> Result<()> {
     host.whimbrel(&["image", "prefetch", "large:1"])?;
     let open = settled(host)?;
     found.bytes("a volume over it on a socket, what is stored cached", open, IDLE_MAX);
+    host.whimbrel(&["volume", "detach", "large"])?;
 
     publish(host, "huge:1", &sparse(host, 8 * TIB, 8)?)?;
     let before = anew(c, host)?;
@@ -108,7 +109,6 @@ fn images(c: &Context<'_>, lab: &Lab, found: &mut Findings) -> Result<()> {
     host.whimbrel(&["image", "show", "full:1"])?;
     let kept = settled(host)?.saturating_sub(before);
     found.bytes("1 GiB cached earlier, opened", kept, PER_TIB_MAX);
-    host.whimbrel(&["volume", "detach", "large"])?;
     Ok(())
 }
 

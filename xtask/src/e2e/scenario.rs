@@ -92,7 +92,11 @@ fn to_and_fro(c: &Context<'_>, name: &str, mode: &str) -> Result<()> {
 
 fn tcp_survives(c: &Context<'_>) -> Result<()> {
     let mut flight = start(c, "tcp", CALM)?;
-    let mut client = Client::connect(flight.address.as_deref().unwrap_or_default())?;
+    let Some(address) = flight.address.clone() else {
+        println!("       this user may not open /dev/net/tun, so not tried");
+        return flight.stop();
+    };
+    let mut client = Client::connect(&address)?;
     for to in [1, 0] {
         flight.migrate(to, &[])?;
         client.echo("still there?").with_context(|| format!("after the move to host {}", to + 1))?;

@@ -31,7 +31,10 @@ impl Tap {
             ErrorKind::NotFound => error.hint(format!("make it: ip link add {bridge} type bridge")),
             _ => error,
         })?;
-        let tun = OpenOptions::new().read(true).write(true).open(TUN_PATH).with_context(action)?;
+        let tun = OpenOptions::new().read(true).write(true).open(TUN_PATH);
+        let tun = tun.with_context(|| format!("{}: open {TUN_PATH}", action())).map_err(|error| {
+            error.hint(format!("the agent must be able to read and write {TUN_PATH}; run the VM without --net otherwise"))
+        })?;
         let mut request = request_for(name.unwrap_or("wbtap%d")).with_context(action)?;
         // The header lets QEMU pass checksums and large segments through instead of computing them.
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;

@@ -42,6 +42,8 @@ use crate::vm::{Busy, LocalVm};
 
 /// Limit for opening a stream to the target.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// So long the target has to say why it closed a stream before the closing itself is the reason.
+const WORD_WAIT: Duration = Duration::from_millis(300);
 /// How long the record is waited for where it is only a hint.
 const RECORD_LIMIT: Duration = Duration::from_millis(500);
 /// How long a running disk request has to end when the guest is paused.
@@ -485,6 +487,10 @@ impl Hands<Source> for SourceSide {
             SourceWork::ResumeHere => self.resume_here().await,
             SourceWork::Release => self.release().await,
         };
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::Unavailable) {
+            // The target closed a stream, and is about to say why.
+            tokio::time::sleep(WORD_WAIT).await;
+        }
         Ok(result?)
     }
 

@@ -155,10 +155,10 @@ async fn serve_data(
         service::STATE => side.receive_state(stream).await,
         _ => side.receive_qemu(stream).await,
     };
-    if let Err(error) = &result {
+    result.inspect_err(|error| {
         tracing::warn!(vm = %side.offer.vm, service, %error, "a stream of a move ended");
-    }
-    result
+        side.tell_what_broke(error);
+    })
 }
 
 impl TargetSide {
@@ -312,6 +312,21 @@ impl TargetSide {
         let vm = self.shared.vms.launch(&record, true).await?;
         *self.vm.lock() = Some(vm);
         Ok(())
+    }
+
+    /// What went wrong here, such as a full disk, is told over the control connection: the source sees no more than
+    /// that its stream was closed. A stream that the source lost needs no words.
+    fn tell_what_broke(&self, error: &Error) {
+        if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut | ErrorKind::Cancelled) {
+            return;
+        }
+        let mut told = error.to_wire();
+        told.message = format!("take vm {} at host {}: {}", self.offer.vm, self.shared.host, told.message);
+        if error.kind() == ErrorKind::NoSpace && told.hint.is_none() {
+            told = told.hint(format!("make room on host {}, then repeat the command", self.shared.host));
+        }
+        // A machine whose queue is full has other troubles, and finds the stream missing.
+        let _ = self.events.try_send(Event::Broken(told));
     }
 
     async fn receive_memory(&self, mut stream: PeerStream) -> Result<()> {
