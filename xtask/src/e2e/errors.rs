@@ -49,8 +49,10 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
         ("the target's disk is full", |x| {
             let layers = x.target.dir().join("data/volumes");
             fs::create_dir_all(&layers).context("make the volumes' directory")?;
+            x.wait_for_layer(2 << 20)?;
+            // Agents see mounts that were there before they started.
             x.anew(x.target, || {
-                run(cmd("mount", &["-t", "tmpfs", "-o", "size=2m,mode=755", "tmpfs"]).arg(&layers))
+                run(cmd("mount", &["-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs"]).arg(&layers))
             })?;
             let said = x.move_fails(x.target, &[], &["space", x.target.name()]);
             x.anew(x.target, || run(cmd("umount", &[]).arg(&layers)))?;
@@ -59,12 +61,12 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
         ("the store's disk is full", |x| {
             let store = x.dir.join("small-store");
             fs::create_dir_all(&store).context("make a store")?;
-            run(cmd("mount", &["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(&store))?;
+            x.anew(x.other, || run(cmd("mount", &["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(&store)))?;
             let (file, store_name) = (x.disk.to_string_lossy(), store.to_string_lossy());
             let args =
                 ["image", "publish", &file, "--format", "raw", "--name", "no:room", "--store", &store_name];
-            let said = x.fails(x.source, &args, &["no:room", "small-store", "space"]);
-            run(cmd("umount", &[]).arg(&store))?;
+            let said = x.fails(x.other, &args, &["no:room", "small-store", "space"]);
+            x.anew(x.other, || run(cmd("umount", &[]).arg(&store)))?;
             said
         }),
         ("the target is down", |x| {
@@ -154,21 +156,24 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
         let now = source.whimbrel(&["vm", "show", VM])?;
         if now["host"] != source.name() || now["state"] != "running" || now["epoch"] != epoch {
             wrong.push(format!("{name}: afterwards the VM is {now}"));
+            break;
         }
         if let Err(e) = flight.must_be_whole() {
             wrong.push(format!("{name}: afterwards {e:#}"));
         }
     }
-    let beat = flight.receiver().report();
-    ensure!(beat.resets == 0, "the guest started anew");
-    // What was in the way is out of it: the VM can be moved.
-    flight.migrate(1, &[]).context("move it when nothing is wrong any more")?;
-    flight.must_be_whole()?;
-    flight.stop()?;
-    if !wrong.is_empty() {
-        bail!("{}", wrong.join("\n         "));
+    if flight.receiver().report().resets > 0 {
+        wrong.push("the guest started anew".to_owned());
     }
-    Ok(())
+    // What was in the way is out of it: the VM can be moved.
+    let moved = flight.migrate(1, &[]).map(drop).and_then(|()| flight.must_be_whole());
+    if let Err(e) = moved.context("move it when nothing is wrong any more") {
+        wrong.push(format!("{e:#}"));
+    }
+    if !wrong.is_empty() {
+        bail!("{}\n{}", wrong.join("\n         "), source.log_tail());
+    }
+    flight.stop()
 }
 
 /// `None` if the answer was as it must be, what it was otherwise.
@@ -201,6 +206,16 @@ impl Stage<'_> {
     fn move_fails(&self, to: &Host, options: &[&str], words: &[&str]) -> Result<Option<String>> {
         let args = [&["vm", "migrate", VM, "--to", to.name()], options].concat();
         self.fails(self.source, &args, &[words, &[VM]].concat())
+    }
+
+    /// Waits until the VM's layer holds so much.
+    fn wait_for_layer(&self, bytes: u64) -> Result<()> {
+        let end = Instant::now() + ANSWER_LIMIT / 2;
+        while self.source.whimbrel(&["volume", "show", VM])?["layer_bytes"].as_u64().unwrap_or(0) < bytes {
+            ensure!(Instant::now() < end, "the guest wrote less than {bytes} bytes");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
     }
 
     /// Restarts a host's agent, with something done in between.
