@@ -57,7 +57,9 @@ const STAGES: [Stage; 14] = [
         if options.long {
             return fuzz::run_for(fuzz::SECONDS, "");
         }
-        println!("a few thousand inputs per target ran among the tests; --long gives each a minute, with coverage");
+        println!(
+            "a few thousand inputs per target ran among the tests; --long gives each a minute, with coverage"
+        );
         Ok(())
     }),
     ("simulator", simulator),

@@ -133,7 +133,9 @@ fn ours(lab: &Lab) -> Result<Outcome> {
     let mut flight = Flight::start(lab, 0, VM, "debian:demo", MEMORY_MIB, VCPUS, WORKLOAD)?;
     let mut client = flight.address.as_deref().map(Client::connect);
     if client.is_none() {
-        eprintln!("this user may not open /dev/net/tun: the guest has no interface, so no TCP connection is shown");
+        eprintln!(
+            "this user may not open /dev/net/tun: the guest has no interface, so no TCP connection is shown"
+        );
     }
     eprintln!("up after {:.1} s; moving it to {}", flight.boot.as_secs_f64(), target.name());
     std::thread::sleep(Duration::from_secs(2));

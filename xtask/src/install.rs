@@ -116,7 +116,10 @@ pub fn ensure_namespaces() -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    let out = output(&mut cmd("unshare", &["--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "true"]))?;
+    let out = output(&mut cmd(
+        "unshare",
+        &["--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "true"],
+    ))?;
     if out.status.success() {
         return Ok(());
     }

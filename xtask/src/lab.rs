@@ -63,8 +63,7 @@ impl Lab {
         net::make_fabric(name)?;
         // Labs of one process share the hosts' network.
         let first = PLACES.fetch_add(count, Ordering::Relaxed);
-        let hosts =
-            (1..=count).map(|n| Host::new(&dir, name, n, first + n, &qemu)).collect::<Result<_>>()?;
+        let hosts = (1..=count).map(|n| Host::new(&dir, name, n, first + n, &qemu)).collect::<Result<_>>()?;
         Ok(Lab { dir, hosts, qemu, image, next_vm: Cell::new(2) })
     }
 

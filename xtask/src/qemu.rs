@@ -32,7 +32,7 @@ const PACKAGES: [&str; 6] =
 const PINNED: &str = "qemu-* seabios ipxe-qemu";
 
 /// A QEMU version under test.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
     /// Debian 12's own.
     V7_2,

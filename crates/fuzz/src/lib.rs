@@ -176,7 +176,9 @@ fn settle(attempt: &mut impl FnMut(&[u8]) -> Option<String>, place: Place<'_>, i
 fn read_input(given: &str) -> Vec<u8> {
     if let Some(hex) = given.strip_prefix("hex:") {
         let pair = |at: usize| hex.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
-        return (0..hex.len() / 2).map(|n| pair(2 * n).unwrap_or_else(|| panic!("{hex:?} is not hex"))).collect();
+        return (0..hex.len() / 2)
+            .map(|n| pair(2 * n).unwrap_or_else(|| panic!("{hex:?} is not hex")))
+            .collect();
     }
     std::fs::read(given).unwrap_or_else(|error| panic!("read the input {given}: {error}"))
 }

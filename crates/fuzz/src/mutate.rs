@@ -54,7 +54,8 @@ fn change(bytes: &mut Vec<u8>, corpus: &Corpus, rng: &mut Rng) {
         5 => {
             let more = 1 + rng.below(40);
             let at = rng.below(len + 1);
-            let fresh: Vec<u8> = (0..more).map(|_| if rng.chance(3) { rng.next() as u8 } else { 0 }).collect();
+            let fresh: Vec<u8> =
+                (0..more).map(|_| if rng.chance(3) { rng.next() as u8 } else { 0 }).collect();
             bytes.splice(at..at, fresh);
         }
         6 => {
@@ -127,8 +128,11 @@ fn put(bytes: &mut [u8], rng: &mut Rng, value: u64, width: usize) {
 /// Another number in place of one that is written in digits.
 fn change_digits(bytes: &mut Vec<u8>, rng: &mut Rng) {
     let from = rng.below(bytes.len());
-    let Some(start) = bytes.iter().skip(from).position(u8::is_ascii_digit).map(|at| at + from) else { return };
-    let end = bytes.iter().skip(start).position(|byte| !byte.is_ascii_digit()).map_or(bytes.len(), |n| start + n);
+    let Some(start) = bytes.iter().skip(from).position(u8::is_ascii_digit).map(|at| at + from) else {
+        return;
+    };
+    let end =
+        bytes.iter().skip(start).position(|byte| !byte.is_ascii_digit()).map_or(bytes.len(), |n| start + n);
     let edge = EDGES[rng.below(EDGES.len())].wrapping_add(rng.below(3) as u64).wrapping_sub(1);
     let text = match rng.below(4) {
         0 => format!("-{edge}"),

@@ -10,7 +10,8 @@ use whimbrel_fuzz::fuzz;
 use crate::peer::memory;
 use crate::peer::{self, FrameHeader, HEADER_LEN, block, cluster, migrate};
 use crate::record::image::{
-    Directory, Entry, IndexHeader, ManifestHeader, PackEntry, PackTrailer, decode_pack_index, encode_pack_tail,
+    Directory, Entry, IndexHeader, ManifestHeader, PackEntry, PackTrailer, decode_pack_index,
+    encode_pack_tail,
 };
 use crate::record::layer::{header, log, runs, ship};
 use crate::{api, meta, size};
@@ -20,7 +21,11 @@ fn json<T: DeserializeOwned + Serialize>(bytes: &[u8]) {
     let Ok(value) = serde_json::from_slice::<T>(bytes) else { return };
     let text = serde_json::to_vec(&value).expect("what was read can be written");
     let again: T = serde_json::from_slice(&text).unwrap_or_else(|error| {
-        panic!("{error}: read {:?}, wrote {:?}", String::from_utf8_lossy(bytes), String::from_utf8_lossy(&text))
+        panic!(
+            "{error}: read {:?}, wrote {:?}",
+            String::from_utf8_lossy(bytes),
+            String::from_utf8_lossy(&text)
+        )
     });
     assert_eq!(text, serde_json::to_vec(&again).expect("what was read can be written"));
 }
@@ -55,7 +60,8 @@ fn chunk() -> Vec<u8> {
 
 /// Puts every checksum of a chunk right.
 fn mended_chunk(bytes: &[u8]) -> Vec<u8> {
-    let mut fixed = with_crc(bytes, 12, |b| crc32c::crc32c(b.get(16..ship::CHUNK_HEAD_LEN).unwrap_or_default()));
+    let mut fixed =
+        with_crc(bytes, 12, |b| crc32c::crc32c(b.get(16..ship::CHUNK_HEAD_LEN).unwrap_or_default()));
     let mut at = ship::CHUNK_HEAD_LEN;
     while let Some(head) = fixed.get(at..at + ship::FRAME_HEAD_LEN) {
         let length = head[16..24].try_into().map_or(0, u64::from_le_bytes).min(1 << 20) as usize;

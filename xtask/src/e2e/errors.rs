@@ -27,7 +27,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
     let lab = Lab::new("errors", 3, &c.lab.qemu, &c.lab.image)?;
     lab.start_cluster(c.program)?;
-    let [source, target, other] = lab.hosts() else { bail!("a lab of three hosts has {}", lab.hosts().len()) };
+    let [source, target, other] = lab.hosts() else {
+        bail!("a lab of three hosts has {}", lab.hosts().len())
+    };
     source.publish(&lab.image.disk, IMAGE)?;
     let mut flight = Flight::start(&lab, 0, VM, IMAGE, MEMORY_MIB, 2, WORKLOAD)?;
     let epoch = source.whimbrel(&["vm", "show", VM])?["epoch"].clone();
@@ -80,7 +82,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             x.other.use_qemu(qemu)?;
             x.anew(x.other, || Ok(()))?;
             // The newer one knows the older one's machines: that way a move is possible.
-            if qemu.version.name() > x.qemu.version.name() {
+            if qemu.version > x.qemu.version {
                 return Ok(None);
             }
             x.move_fails(x.other, &[], &["machine", x.other.name()])
@@ -95,7 +97,8 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             said
         }),
         ("images that are cut off, damaged or something else", |x| {
-            let (whole, cut, text) = (x.dir.join("whole.qcow2"), x.dir.join("cut.qcow2"), x.dir.join("text.qcow2"));
+            let (whole, cut, text) =
+                (x.dir.join("whole.qcow2"), x.dir.join("cut.qcow2"), x.dir.join("text.qcow2"));
             capture(cmd(x.qemu.program("qemu-img"), &["convert", "-O", "qcow2"]).arg(&x.disk).arg(&whole))?;
             let length = fs::metadata(&whole).context("look at an image")?.len();
             fs::copy(&whole, &cut).context("copy an image")?;
@@ -111,8 +114,12 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             // Said to be raw, it would be copied as it is, header and all.
             let name = whole.to_string_lossy().replace(".qcow2", ".raw");
             fs::rename(&whole, &name).context("rename an image")?;
-            said.extend(x.fails(x.source, &["image", "publish", &name, "--name", "bad:2"], &["qcow2", "--format"])?);
-            Ok(joined(said))
+            said.extend(x.fails(
+                x.source,
+                &["image", "publish", &name, "--name", "bad:2"],
+                &["qcow2", "--format"],
+            )?);
+            Ok(joined(&said))
         }),
         ("a store's blocks are damaged", |x| {
             let (name, store) = x.own_store("blocks")?;
@@ -120,7 +127,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             let mut said = Vec::new();
             said.extend(x.fails(x.target, &["image", "verify", &name, "--store"], &[&name, "bad blocks"])?);
             said.extend(x.fails(x.target, &["image", "prefetch", &name], &[&name, "damaged"])?);
-            Ok(joined(said))
+            Ok(joined(&said))
         }),
         ("a store's manifest is damaged, the store is gone", |x| {
             let (name, store) = x.own_store("manifest")?;
@@ -130,7 +137,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             said.extend(x.fails(x.target, &fetch, &[&name, "damaged", "publish the image again"])?);
             fs::remove_dir_all(&store).context("remove a store")?;
             said.extend(x.fails(x.other, &fetch, &[&name, "store-manifest"])?);
-            Ok(joined(said))
+            Ok(joined(&said))
         }),
     ];
     let x = Stage {
@@ -196,11 +203,16 @@ impl Stage<'_> {
         let out = output(&mut on.cli(args))?;
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         let refused = matches!(out.status.code(), Some(1 | 4));
-        let missing: Vec<_> = words.iter().filter(|w| !said.to_lowercase().contains(&w.to_lowercase())).collect();
+        let missing: Vec<_> =
+            words.iter().filter(|w| !said.to_lowercase().contains(&w.to_lowercase())).collect();
         if refused && missing.is_empty() {
             return Ok(None);
         }
-        Ok(Some(format!("`{}` ended with {}, lacks {missing:?}, and said {said:?}", args.join(" "), out.status)))
+        Ok(Some(format!(
+            "`{}` ended with {}, lacks {missing:?}, and said {said:?}",
+            args.join(" "),
+            out.status
+        )))
     }
 
     fn move_fails(&self, to: &Host, options: &[&str], words: &[&str]) -> Result<Option<String>> {
@@ -241,7 +253,7 @@ impl Stage<'_> {
     }
 }
 
-fn joined(said: Vec<String>) -> Option<String> {
+fn joined(said: &[String]) -> Option<String> {
     (!said.is_empty()).then(|| said.join("; "))
 }
 

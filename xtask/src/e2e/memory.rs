@@ -102,7 +102,10 @@ fn images(c: &Context<'_>, lab: &Lab, found: &mut Findings) -> Result<()> {
     ensure!(shown["cached_bytes"].as_u64() == Some(FILL), "the cache holds {} bytes", shown["cached_bytes"]);
     // Buffers and threads of the fetching stay for a while; they do not grow with what is cached.
     let filled = settled(host)?;
-    println!("       of which buffers that the fetching left {:>26.1} MB", filled.saturating_sub(before) as f64 / 1e6);
+    println!(
+        "       of which buffers that the fetching left {:>26.1} MB",
+        filled.saturating_sub(before) as f64 / 1e6
+    );
     found.bytes("idle after 1 GiB came into the cache", filled, IDLE_MAX);
     // Cached by an earlier run of the agent: what remains is what caching costs.
     let before = anew(c, host)?;

@@ -78,9 +78,18 @@ pub fn store_is_read_once(c: &Context<'_>) -> Result<()> {
         );
     }
     let least = DATA_MIB << 20;
-    ensure!(alone.store_bytes >= least, "one host read {} bytes, its guest {least} at least", alone.store_bytes);
+    ensure!(
+        alone.store_bytes >= least,
+        "one host read {} bytes, its guest {least} at least",
+        alone.store_bytes
+    );
     for (n, (seed, peer, _)) in together.read.iter().enumerate() {
-        ensure!(seed + peer >= least, "host {} fetched {} bytes, its guest read {least} at least", n + 1, seed + peer);
+        ensure!(
+            seed + peer >= least,
+            "host {} fetched {} bytes, its guest read {least} at least",
+            n + 1,
+            seed + peer
+        );
     }
     for boots in [&alone, &together] {
         let (counted, told) = (boots.store_bytes as f64, boots.told_bytes);
@@ -112,13 +121,12 @@ fn on_hosts(c: &Context<'_>, s3: &S3, name: &str, count: usize) -> Result<Boots>
     let names: Vec<String> = (1..=count).map(|n| format!("boot-{n}")).collect();
     let receivers: Vec<Receiver> =
         lab.hosts().iter().zip(&names).map(|(h, n)| Receiver::on(&[h.vm_sockets(n).beat])).collect();
-    at_once(lab.hosts(), |n| {
-        ["volume", "create", &names[n], "--image", IMAGE].map(str::to_owned).to_vec()
-    })?;
+    at_once(lab.hosts(), |n| ["volume", "create", &names[n], "--image", IMAGE].map(str::to_owned).to_vec())?;
     at_once(lab.hosts(), |n| {
         let name = names[n].as_str();
         let workload = "wg.mem_mib=0 boot.read=/swarm.bin";
-        VmArgs { name, volume: name, memory_mib: MEMORY_MIB, vcpus: 1, workload, net: false }.words(&lab.image)
+        VmArgs { name, volume: name, memory_mib: MEMORY_MIB, vcpus: 1, workload, net: false }
+            .words(&lab.image)
     })?;
     let commands = started.elapsed();
     let beats = wait_for_beats(&lab, &names, &receivers, started)?;
@@ -126,7 +134,8 @@ fn on_hosts(c: &Context<'_>, s3: &S3, name: &str, count: usize) -> Result<Boots>
     let mut read = Vec::new();
     for (host, name) in lab.hosts().iter().zip(&names) {
         let shown = host.whimbrel(&["image", "show", IMAGE])?;
-        let of = |source: &str| shown["read_bytes"][source].as_u64().with_context(|| format!("read {source}"));
+        let of =
+            |source: &str| shown["read_bytes"][source].as_u64().with_context(|| format!("read {source}"));
         read.push((of("seed")?, of("peer")?, of("cache")?));
         host.whimbrel(&["vm", "stop", name, "--force"])?;
     }

@@ -22,8 +22,7 @@ const AGENT_START_LIMIT: Duration = Duration::from_secs(30);
 const MEMORY_LIMIT: &str = "8G";
 
 /// Runs in mounts of its own: lays an empty directory over each of its first arguments, then becomes what follows `--`.
-const ALONE: &str =
-    r#"while [ "$1" != -- ]; do mount -t tmpfs -o size=4k,mode=0 none "$1" || exit; shift; done; shift; exec "$@""#;
+const ALONE: &str = r#"while [ "$1" != -- ]; do mount -t tmpfs -o size=4k,mode=0 none "$1" || exit; shift; done; shift; exec "$@""#;
 
 /// See the module's charter.
 pub struct Host {
@@ -82,13 +81,7 @@ pub struct VmSockets {
 impl Host {
     /// Makes the namespace and the directories.
     /// `number` counts within the lab, `place` is the host's own on the hosts' network.
-    pub(super) fn new(
-        lab: &Path,
-        lab_name: &str,
-        number: usize,
-        place: usize,
-        qemu: &Qemu,
-    ) -> Result<Host> {
+    pub(super) fn new(lab: &Path, lab_name: &str, number: usize, place: usize, qemu: &Qemu) -> Result<Host> {
         let name = format!("{lab_name}-h{number}");
         let dir = lab.join(format!("h{number}"));
         for sub in ["data", "run", "memory"] {

@@ -31,7 +31,8 @@ fn identity() -> Identity {
 
 /// A file in memory with these bytes at its start.
 fn memory(bytes: &[u8]) -> std::fs::File {
-    let file = rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("make a file in memory");
+    let file =
+        rustix::fs::memfd_create("fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("make a file in memory");
     let file = std::fs::File::from(file);
     file.set_len(RAM_BYTES).expect("size a file in memory");
     file.write_all_at(bytes.get(..RAM_BYTES as usize).unwrap_or(bytes), 0).expect("fill a file in memory");
@@ -60,10 +61,14 @@ fn ring_with_a_request() -> Vec<u8> {
         out.extend(next.to_le_bytes());
         out
     };
-    for (n, part) in
-        [desc(GPA + 512, 16, 1, 1), desc(GPA + 600, 64, 3, 2), desc(GPA + 700, 1, 2, 0), desc(GPA + 800, 32, 4, 0)]
-            .iter()
-            .enumerate()
+    for (n, part) in [
+        desc(GPA + 512, 16, 1, 1),
+        desc(GPA + 600, 64, 3, 2),
+        desc(GPA + 700, 1, 2, 0),
+        desc(GPA + 800, 32, 4, 0),
+    ]
+    .iter()
+    .enumerate()
     {
         bytes[16 * n..16 * (n + 1)].copy_from_slice(part);
     }

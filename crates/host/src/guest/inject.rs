@@ -104,6 +104,19 @@ fn unprivileged_allowed() -> bool {
     std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|text| text.trim() == "1")
 }
 
+/// Whether the kernel tells this process the seccomp filters of another: it wants CAP_SYS_ADMIN, and that of the host's
+/// own user namespace.
+pub(crate) fn may_ask_filters() -> Result<bool> {
+    let map = std::fs::read_to_string("/proc/self/uid_map").context("read /proc/self/uid_map")?;
+    let all = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    Ok(all && proc_fs::has_capability(std::process::id(), proc_fs::CAP_SYS_ADMIN)?)
+}
+
+/// Whether [`DEVICE`] may be opened, and lent to QEMU.
+pub(crate) fn device_opens() -> bool {
+    OpenOptions::new().read(true).write(true).open(DEVICE).is_ok()
+}
+
 /// Lends QEMU a descriptor of /dev/userfaultfd for the time of one ioctl.
 async fn with_device(qmp: &Qmp, process: &QemuProcess) -> Result<Injected> {
     let device: File =

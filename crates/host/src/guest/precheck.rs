@@ -22,6 +22,7 @@ use whimbrel_wire::meta::Mode;
 
 use crate::error::{Context, Result};
 use crate::guest::dirty::RamMapping;
+use crate::guest::inject;
 use crate::guest::proc_fs;
 use crate::guest::process::QemuProcess;
 use crate::guest::qmp::{Qmp, Version, text_at};
@@ -184,6 +185,13 @@ impl Findings {
             self.mode_a.push(format!(
                 "no right to trace process {pid} ({error}): run the agent as root or with CAP_SYS_PTRACE"
             ));
+        }
+        if proc_fs::status(pid, "Seccomp")? != "0" && !inject::may_ask_filters()? && !inject::device_opens() {
+            self.mode_a.push(
+                "whether QEMU's seccomp filter lets userfaultfd through cannot be asked without CAP_SYS_ADMIN, and \
+                 /dev/userfaultfd cannot be opened: run the agent as root, outside of user namespaces"
+                    .to_owned(),
+            );
         }
         Ok(())
     }

@@ -80,6 +80,8 @@ pub(crate) fn has_capability(pid: u32, bit: u32) -> Result<bool> {
     Ok(mask >> bit & 1 == 1)
 }
 
+/// `CAP_SYS_ADMIN`.
+pub(crate) const CAP_SYS_ADMIN: u32 = 21;
 /// `CAP_SYS_PTRACE`.
 pub(crate) const CAP_SYS_PTRACE: u32 = 19;
 

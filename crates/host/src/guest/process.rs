@@ -273,7 +273,13 @@ fn start(plan: &LaunchPlan, arguments: &[OsString]) -> Result<QemuProcess> {
     command.stdout(log()?).stderr(log()?);
     let (mut pid_from, pid_to) = io::pipe().context("make a pipe")?;
     let keep: Vec<RawFd> = plan.taps.iter().map(AsRawFd::as_raw_fd).collect();
-    let ids = user.map(|(uid, gid)| Ids { uid, gid, groups: groups_for(plan) });
+    // Whoever is that user already may not be allowed to change groups: in a user namespace of one user nobody is.
+    let (own_uid, own_gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let ids = user.filter(|user| *user != (own_uid, own_gid)).map(|(uid, gid)| Ids {
+        uid,
+        gid,
+        groups: groups_for(plan),
+    });
     let report = pid_to.as_raw_fd();
     // SAFETY: the closure runs between fork and exec; it makes system calls only and allocates nothing.
     unsafe {

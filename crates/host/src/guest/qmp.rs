@@ -587,7 +587,8 @@ mod fuzz {
             // Read to the end, so that the other side sees our words before a reset.
             let _ = io::copy(&mut stream, &mut io::sink());
         });
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("make a runtime");
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("make a runtime");
         runtime.block_on(async {
             let limit = Duration::from_secs(2);
             let Ok(qmp) = Qmp::connect(&path, limit).await else { return };

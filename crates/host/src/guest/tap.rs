@@ -33,7 +33,9 @@ impl Tap {
         })?;
         let tun = OpenOptions::new().read(true).write(true).open(TUN_PATH);
         let tun = tun.with_context(|| format!("{}: open {TUN_PATH}", action())).map_err(|error| {
-            error.hint(format!("the agent must be able to read and write {TUN_PATH}; run the VM without --net otherwise"))
+            error.hint(format!(
+                "the agent must be able to read and write {TUN_PATH}; run the VM without --net otherwise"
+            ))
         })?;
         let mut request = request_for(name.unwrap_or("wbtap%d")).with_context(action)?;
         // The header lets QEMU pass checksums and large segments through instead of computing them.

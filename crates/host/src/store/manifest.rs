@@ -289,7 +289,8 @@ mod fuzz {
     fn manifest() -> Vec<u8> {
         let header = ManifestHeader { size_bytes: 100 << 17, packs: 1, entries: 3, data_bytes: 3 << 17 };
         let mut bytes = vec![0; usize::try_from(header.file_bytes()).unwrap_or(0)];
-        let mut put = |at: u64, part: &[u8]| bytes[at as usize..at as usize + part.len()].copy_from_slice(part);
+        let mut put =
+            |at: u64, part: &[u8]| bytes[at as usize..at as usize + part.len()].copy_from_slice(part);
         put(0, &header.encode());
         put(header.directory_at(0), &Directory { present: 0b101, first_entry: 0 }.encode());
         put(header.directory_at(1), &Directory { present: 1 << 35, first_entry: 2 }.encode());

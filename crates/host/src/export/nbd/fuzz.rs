@@ -21,7 +21,8 @@ fn export() -> Arc<Export> {
 }
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    let head = [&proto::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()];
+    let head =
+        [&proto::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &(data.len() as u32).to_be_bytes()];
     [head.concat(), data.to_vec()].concat()
 }
 

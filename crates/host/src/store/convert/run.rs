@@ -55,7 +55,7 @@ pub(super) fn qemu_img(
     let mut command = Command::new("qemu-img");
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.current_dir("/").env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("LC_ALL", "C");
-    if rustix::process::geteuid().is_root() {
+    if rustix::process::geteuid().is_root() && config.uid != 0 {
         // The standard library drops all supplementary groups with it.
         command.uid(config.uid).gid(config.gid);
     }
