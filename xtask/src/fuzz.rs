@@ -35,16 +35,21 @@ pub fn run_for(seconds: u64, only: &str) -> Result<()> {
     c.args(PACKAGES.iter().flat_map(|package| ["--package", package]));
     c.args(["--no-fail-fast", "--success-output", "final"]);
     // Longer than a target runs: what hangs says so itself.
-    let limit = format!("profile.default.slow-timeout={{period=\"{}s\",terminate-after=1}}", seconds + 120);
-    c.args(["--config", &limit]);
-    c.args(["-E", &format!("test(/(^|::)fuzz::/) & test({only})")]);
+    fs::create_dir_all(&home).context("make target/fuzz")?;
+    let config = home.join("nextest.toml");
+    let limit = seconds + 120;
+    let text =
+        format!("[profile.default]\nslow-timeout = {{ period = \"{limit}s\", terminate-after = 1 }}\n");
+    fs::write(&config, text).context("write nextest's configuration")?;
+    c.arg("--config-file").arg(&config);
+    let chosen = if only.is_empty() { String::new() } else { format!(" & test({only})") };
+    c.args(["-E", &format!("test(/(^|::)fuzz::/){chosen}")]);
     c.env("RUSTC_WORKSPACE_WRAPPER", wrapper(&home)?);
     c.env("WHIMBREL_FUZZ_S", seconds.to_string()).env("WHIMBREL_FUZZ_DIR", home.join("corpus"));
     run(c.current_dir(paths::workspace()))
 }
 
 fn wrapper(home: &std::path::Path) -> Result<PathBuf> {
-    fs::create_dir_all(home).context("make target/fuzz")?;
     let path = home.join("rustc-with-coverage");
     // Cargo looks at its time: an old one stays as it is.
     if fs::read_to_string(&path).ok().as_deref() != Some(WRAPPER) {

@@ -51,7 +51,7 @@ const MEMORY_MAX: usize = 256 << 20;
 const SHRINK_RUNS: u32 = 3_000;
 
 /// Stands for the input in a command.
-const INPUT: &str = "INPUT";
+const INPUT: &str = "{input}";
 
 fn hex(input: &[u8]) -> String {
     input.iter().map(|byte| format!("{byte:02x}")).collect()
