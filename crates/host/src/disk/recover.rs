@@ -109,9 +109,9 @@ pub(super) fn open_segments(
     writable: bool,
 ) -> Result<Vec<(Arc<DataFile>, SegmentHead)>> {
     let what = || format!("open log of layer {}", header.disk_id);
-    // The map counts blocks of all segments in one number: a header beyond it would have places taken for others.
-    if header.first_segment.checked_add(1).and_then(|end| end.checked_mul(header.segment_blocks)).is_none() {
-        return Err(damaged(header, "its header tells of segments that no layer has"));
+    // The map finds segments by their number, which only works for a log that is there from its beginning.
+    if header.first_segment != 0 {
+        return Err(damaged(header, &format!("its log begins with segment {}", header.first_segment)));
     }
     let mut segments = Vec::new();
     loop {
