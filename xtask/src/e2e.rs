@@ -12,6 +12,7 @@
 mod errors;
 mod kill;
 mod memory;
+mod on_demand;
 mod scenario;
 mod swarm;
 

@@ -84,12 +84,25 @@ impl<'a> Flight<'a> {
         vcpus: u32,
         workload: &str,
     ) -> Result<Flight<'a>> {
+        Flight::launch(lab, at, name, &[volume], memory_mib, vcpus, workload)
+    }
+
+    /// The same with any number of volumes, boot disk first.
+    pub fn launch(
+        lab: &'a Lab,
+        at: usize,
+        name: &str,
+        volumes: &[&str],
+        memory_mib: u64,
+        vcpus: u32,
+        workload: &str,
+    ) -> Result<Flight<'a>> {
         let host = lab.hosts().get(at).context("start a VM on a host of the lab")?;
         let sockets: Vec<_> = lab.hosts().iter().map(|h| h.vm_sockets(name).beat).collect();
         let address = lab.guest_address();
         let net = has_taps();
         let workload = if net { format!("{workload} wg.ip={address}") } else { workload.to_owned() };
-        let args = VmArgs { name, volume, memory_mib, vcpus, workload: &workload, net };
+        let args = VmArgs { name, volumes, memory_mib, vcpus, workload: &workload, net };
         let started = Instant::now();
         host.run_vm(&args, &lab.image)?;
         let receiver = Receiver::on(&sockets);

@@ -37,7 +37,7 @@ mod volume;
 
 pub use check::{Report, check};
 pub use layer::{Layer, remove};
-pub use pull::{Pull, PullProgress, RemoteLayer};
+pub use pull::{FetchRange, Pull, PullProgress, RemoteLayer, Urgency};
 pub use receive::{LayerReceiver, Received};
 pub use ship::{ShipEnd, ShipSeal};
 pub use spec::{LayerInfo, LayerSpec};

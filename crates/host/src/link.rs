@@ -127,9 +127,10 @@ fn program() -> String {
     format!("whimbrel {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// Methods whose payloads are bulky travel on a connection of their own.
+/// Methods whose payloads are bulky travel on a connection of their own, unless a guest waits for the answer.
 fn is_bulk(method: &str) -> bool {
-    ["image.", "layer.", "memory."].iter().any(|area| method.starts_with(area))
+    let areas = ["image.", "memory."];
+    method == whimbrel_wire::peer::layer::METHOD_PULL || areas.iter().any(|area| method.starts_with(area))
 }
 
 impl Links {

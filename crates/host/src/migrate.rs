@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `migrate.control` | the machines' messages |
 //! | `migrate.memory` | mode A: pages |
-//! | `migrate.layer` | one volume's writable layer |
+//! | `migrate.layer` | one volume's writable layer, or which blocks it has if they follow later |
 //! | `migrate.state` | device state, the RAM's hash, where each layer ends |
 //! | `migrate.qemu` | mode B: QEMU's own stream, and its return path |
 //!
@@ -34,9 +34,11 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_engine::migrate::handover::{Cas, CasResult, Offer, Outcome, Seen, Side, Source, Target};
-use whimbrel_wire::api::{DiskMove, PostCopy, TaskKind, VmMigrate};
-use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
+use whimbrel_engine::migrate::handover::{
+    Cas, CasResult, Course, JournalEntry, Offer, Outcome, Seen, Side, Source, Step, Target,
+};
+use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
+use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, VolumeRecord, key};
 use whimbrel_wire::{AttemptId, HostId, Name};
 
 use crate::clock;
@@ -89,9 +91,14 @@ impl Migrations {
         target::register(&self.shared, router)
     }
 
-    /// VMs whose fate the journal decides.
+    /// VMs whose fate the journal decides. Not those of which only blocks are still on their way here.
     pub fn unfinished(&self) -> Result<Vec<Name>> {
-        Ok(self.shared.journal.read_all()?.into_iter().map(|entry| entry.offer.vm).collect())
+        let mut entries = self.shared.journal.read_all()?;
+        let follows = |entry: &JournalEntry| {
+            (entry.side, entry.step, entry.course) == (Side::Target, Step::Pull, Course::Onward)
+        };
+        entries.retain(|entry| !follows(entry));
+        Ok(entries.into_iter().map(|entry| entry.offer.vm).collect())
     }
 
     /// Takes up every move that an earlier process of this agent left behind.
@@ -163,9 +170,6 @@ impl Migrations {
         if request.post_copy == PostCopy::Now {
             return refuse(ErrorKind::Unsupported, "post-copy is not in this release".into());
         }
-        if request.disk == DiskMove::OnDemand {
-            return refuse(ErrorKind::Unsupported, "--disk on-demand is not in this release".into());
-        }
         if record.state != VmState::Running && record.state != VmState::Migrating {
             return refuse(ErrorKind::Refused, format!("it is {:?}", record.state));
         }
@@ -176,6 +180,16 @@ impl Migrations {
         }
         if host.draining {
             return refuse(ErrorKind::Refused, format!("host {to} is draining"));
+        }
+        for volume in &record.spec.volumes {
+            let what = format!("volume {volume}");
+            let volume = records::must::<VolumeRecord>(&*shared.meta, &key::volume(volume), &what).await?;
+            if let Some(host) = volume.value.depends_on {
+                let words = format!("{what} still depends on host {host}: its blocks are being fetched");
+                return refuse(ErrorKind::Refused, words).map_err(|error: Error| {
+                    error.hint("wait for the task that fetches them, see `whimbrel task list`")
+                });
+            }
         }
         let report = shared.vms.precheck(vm).await?;
         let mode = match (request.mode, report.mode) {

@@ -47,6 +47,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::link::Router;
 use crate::meta::{Committed, Compare, MetaStore, Op};
 use crate::metrics::metrics;
+use crate::records::{self, Versioned};
 use crate::task::TaskHandle;
 use images::{Images, Shared};
 use peers::Server;
@@ -217,6 +218,11 @@ impl Store {
 
     /// What a name means, from the metadata store.
     pub async fn resolve(&self, image: &ImageRef) -> Result<ImageRecord> {
+        Ok(self.resolve_versioned(image).await?.value)
+    }
+
+    /// The same with its revision, for a change that must not be made if the name is taken away meanwhile.
+    pub async fn resolve_versioned(&self, image: &ImageRef) -> Result<Versioned<ImageRecord>> {
         let record_key = key::image(image);
         let item = self.shared.meta(self.shared.meta.get(&record_key)).await?;
         let Some(item) = item else {
@@ -226,7 +232,7 @@ impl Store {
             )
             .hint("see `whimbrel image list`"));
         };
-        from_json(&item.value, &record_key)
+        records::parse(&item)
     }
 
     /// The image under a volume, open for reading; the same one for everybody who asks.

@@ -119,7 +119,9 @@ impl Vms {
         let old = records::get::<VmRecord>(&*shared.meta, &key::vm(&name)).await?;
         if let Some(old) = &old {
             self.may_start_again(&old.value).with_context(action)?;
+            self.volumes_must_be_whole(&old.value.spec).await.with_context(action)?;
         }
+        self.volumes_must_be_whole(&spec).await.with_context(action)?;
         let id = VmId(Uuid::new_v4());
         give_macs(&mut spec, id);
         let volumes = self.free_volumes(&spec).await.with_context(action)?;
@@ -169,6 +171,23 @@ impl Vms {
                 format!("use the name: host {} holds the right of the stopped VM", old.right.holder),
             )
             .hint("run it there, or `vm recover` it here after making sure that the other host is off"));
+        }
+        Ok(())
+    }
+
+    /// A move that still fetches blocks of a VM's volumes knows the VM by its right: nobody may start it anew before.
+    async fn volumes_must_be_whole(&self, spec: &VmSpec) -> Result<()> {
+        for name in &spec.volumes {
+            let record = records::get::<VolumeRecord>(&*self.shared.meta, &key::volume(name)).await?;
+            if let Some(host) = record.and_then(|record| record.value.depends_on) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!(
+                        "use volume {name}: it still depends on host {host}: its blocks are being fetched"
+                    ),
+                )
+                .hint("wait for the task that fetches them, see `whimbrel task list`"));
+            }
         }
         Ok(())
     }

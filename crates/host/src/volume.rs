@@ -10,6 +10,8 @@
 //!
 //! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`).
 
+mod on_demand;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,11 +27,13 @@ use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeS
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::nbd::{NbdOptions, NbdServer};
 use crate::export::{DeviceSlot, VhostUserOptions, VhostUserServer};
+use crate::link::Links;
 use crate::meta::MetaStore;
 use crate::records::{self, Change};
 use crate::store::Store;
 use crate::store::convert::{Converter, Format};
 use crate::task::TaskHandle;
+use on_demand::OnDemand;
 
 /// All volumes of this host.
 #[derive(Clone)]
@@ -44,6 +48,9 @@ struct Shared {
     meta: Arc<dyn MetaStore>,
     store: Arc<Store>,
     open: Mutex<HashMap<DiskId, Arc<Layer>>>,
+    /// One open at a time per layer.
+    opening: Mutex<HashMap<DiskId, Arc<tokio::sync::Mutex<()>>>>,
+    on_demand: OnDemand,
     exports: Mutex<HashMap<Name, Exported>>,
 }
 
@@ -76,11 +83,21 @@ impl Volumes {
         run_dir: PathBuf,
         meta: Arc<dyn MetaStore>,
         store: Arc<Store>,
+        links: Links,
     ) -> Result<Self> {
         std::fs::create_dir_all(&run_dir).with_context(|| format!("make directory {}", run_dir.display()))?;
         let dir = VolumeDir::new(data_dir)?;
-        let shared =
-            Shared { host, dir, run_dir, meta, store, open: Mutex::default(), exports: Mutex::default() };
+        let shared = Shared {
+            host,
+            dir,
+            run_dir,
+            meta,
+            store,
+            open: Mutex::default(),
+            opening: Mutex::default(),
+            on_demand: OnDemand::new(links),
+            exports: Mutex::default(),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -100,9 +117,11 @@ impl Volumes {
             ));
         }
         let image = match &request.image {
-            Some(image) => Some(shared.store.resolve(image).await.with_context(action)?),
+            Some(image) => Some(shared.store.resolve_versioned(image).await.with_context(action)?),
             None => None,
         };
+        let named = image.clone();
+        let image = image.map(|image| image.value);
         let spec = VolumeSpec {
             image: image.as_ref().map(|image| (image.id, image.size_bytes)),
             size_bytes: request.size_bytes,
@@ -128,7 +147,11 @@ impl Volumes {
             attached_to: None,
             depends_on: None,
         };
-        let change = Change::default().create(&key::volume(&record.name), &record)?;
+        let mut change = Change::default().create(&key::volume(&record.name), &record)?;
+        if let Some(named) = &named {
+            // Without its name the image might be collected before anybody sees that this volume needs it.
+            change = change.require(named);
+        }
         let made = change.commit_or_refuse(&*shared.meta, &action()).await;
         if made.is_err() {
             let _ = shared.dir.remove(spec.disk_id);
@@ -147,7 +170,8 @@ impl Volumes {
         }
     }
 
-    /// The volume's layer, open for writing at the record's epoch; the same one for everybody who asks.
+    /// The volume's layer, open for writing at the record's epoch; the same one for everybody who asks. What was handed
+    /// out to another host is taken back: the record says that the right is ours again.
     pub async fn open(&self, record: &VolumeRecord) -> Result<Arc<Layer>> {
         let shared = &self.shared;
         if record.right.holder != shared.host {
@@ -159,10 +183,31 @@ impl Volumes {
                 ),
             ));
         }
+        let opening = Arc::clone(shared.opening.lock().entry(record.disk_id).or_default());
+        let _one = opening.lock().await;
+        shared.on_demand.stop_serving(record.disk_id);
         if let Some(layer) = self.opened(record.disk_id) {
+            if layer.is_fenced() {
+                layer.unfence(record.right.epoch)?;
+            }
+            if let Some(pull) = shared.on_demand.pull_of(record.disk_id) {
+                pull.wait_again();
+            }
             return Ok(layer);
         }
         let base = self.open_base(record).await?;
+        if self.is_here(record.disk_id) && shared.dir.is_pulling(record.disk_id)? {
+            let source = record.depends_on.as_ref().ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Corrupt,
+                    format!(
+                        "open volume {}: blocks of it are elsewhere, and nothing says where",
+                        record.name
+                    ),
+                )
+            })?;
+            return self.open_pull(record, base, record.right.epoch, source).await;
+        }
         let (dir, id, epoch) = (shared.dir.clone(), record.disk_id, record.right.epoch);
         let opened = tokio::task::spawn_blocking(move || dir.open(id, base, epoch, true)).await;
         let layer = opened
@@ -187,8 +232,18 @@ impl Volumes {
         self.shared.dir.path(disk_id).exists()
     }
 
-    /// Closes the volume's layer, if it is open.
+    /// Closes the volume's layer, if it is open. One that is still being fetched stays open.
     pub fn close(&self, disk_id: DiskId) {
+        match self.shared.on_demand.pull_of(disk_id) {
+            Some(pull) => pull.stop_waiting(),
+            None => self.shut(disk_id),
+        }
+    }
+
+    /// Closes the volume's layer, whatever it is used for.
+    fn shut(&self, disk_id: DiskId) {
+        self.shared.on_demand.drop_pull(disk_id);
+        self.shared.on_demand.stop_serving(disk_id);
         let layer = self.shared.open.lock().remove(&disk_id);
         if let Some(layer) = layer
             && let Err(error) = layer.close()
@@ -199,17 +254,9 @@ impl Volumes {
 
     /// A place for the volume's layer, which another host sends.
     pub(crate) fn receiver(&self, record: &VolumeRecord) -> Result<LayerReceiver> {
-        let spec = LayerSpec {
-            disk_id: record.disk_id,
-            data_id: record.data_id,
-            parent: record.image.as_ref().map_or(Parent::None, |parent| Parent::Image(parent.id)),
-            size_bytes: record.size_bytes,
-            epoch: record.right.epoch,
-            segment_blocks: SEGMENT_BLOCKS,
-        };
         // What an earlier attempt left does not go on where this one begins.
         let _ = self.shared.dir.remove(record.disk_id);
-        self.shared.dir.receive(&spec)
+        self.shared.dir.receive(&spec_of(record))
     }
 
     /// Removes this host's copy of a layer that another host holds.
@@ -217,7 +264,8 @@ impl Volumes {
         if record.right.holder == self.shared.host {
             return;
         }
-        self.close(record.disk_id);
+        self.shut(record.disk_id);
+        self.shared.opening.lock().remove(&record.disk_id);
         if self.shared.dir.path(record.disk_id).exists()
             && let Err(error) = self.shared.dir.remove(record.disk_id)
         {
@@ -255,10 +303,13 @@ impl Volumes {
             .await
             .map_err(|error| Error::with_source(ErrorKind::Internal, "check a volume", error))?
             .with_context(|| format!("check volume {}", record.name))?;
+        let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));
+        let notes = reports.iter().flat_map(|report| report.notes.iter().cloned());
         Ok(VolumeCheck {
             name: record.name.clone(),
             records: reports.iter().map(|report| report.records).sum(),
-            problems: reports.into_iter().flat_map(|report| report.problems).collect(),
+            notes: depends_on.chain(notes).collect(),
+            problems: reports.iter().flat_map(|report| report.problems.iter().cloned()).collect(),
         })
     }
 
@@ -277,7 +328,8 @@ impl Volumes {
                 .hint(format!("`whimbrel volume detach {name}` first")));
         }
         Change::default().delete(&record).commit_or_refuse(&*shared.meta, &action).await?;
-        self.close(record.value.disk_id);
+        self.shut(record.value.disk_id);
+        shared.opening.lock().remove(&record.value.disk_id);
         if shared.dir.path(record.value.disk_id).exists() {
             shared.dir.remove(record.value.disk_id).with_context(|| action)?;
         }
@@ -388,6 +440,18 @@ impl Volumes {
             self.close(record.disk_id);
         }
         result
+    }
+}
+
+/// The layer of a volume, as the record knows it.
+fn spec_of(record: &VolumeRecord) -> LayerSpec {
+    LayerSpec {
+        disk_id: record.disk_id,
+        data_id: record.data_id,
+        parent: record.image.as_ref().map_or(Parent::None, |parent| Parent::Image(parent.id)),
+        size_bytes: record.size_bytes,
+        epoch: record.right.epoch,
+        segment_blocks: SEGMENT_BLOCKS,
     }
 }
 

@@ -79,7 +79,13 @@ impl World {
         let missing =
             self.hosts[host].copies.get(&id).is_some_and(|copy| copy.layer.missing.contains(&block));
         if missing {
-            // A read of a block that is not here waits for the source; here it is just not made.
+            // A read of a block that nobody hands out now waits; here it is just not made.
+            let Some(found) = self.handed_out(host, id).map(|blocks| blocks[block]) else { return };
+            self.tally.remote_reads += 1;
+            let want = self.truth.written[block];
+            if found != want {
+                self.fail(format!("h{host}: block {block} is fetched as {found}, the guest wrote {want}"));
+            }
             return;
         }
         let Some(copy) = self.hosts[host].copies.get(&id) else { return };
@@ -227,13 +233,9 @@ impl World {
         self.hosts[host].copies.insert(id, copy);
     }
 
-    /// Fetches what is missing of the layer here; whether nothing is missing any more.
-    pub(crate) fn pull(&mut self, host: HostIx, id: CopyId) -> bool {
-        let Some(copy) = self.hosts[host].copies.get(&id) else { return true };
-        if copy.layer.missing.is_empty() {
-            return true;
-        }
-        let Some(attempt) = copy.brought_by else { return true };
+    /// The blocks that the copy here lacks, as the host that has them hands them out; none while it does not.
+    fn handed_out(&mut self, host: HostIx, id: CopyId) -> Option<Vec<u64>> {
+        let attempt = self.hosts[host].copies.get(&id)?.brought_by?;
         let source = self.hosts.iter().position(|it| {
             it.copy_of.get(&attempt).is_some_and(|copy| it.copies.contains_key(copy))
                 && it.name != self.hosts[host].name
@@ -243,26 +245,37 @@ impl World {
             if !self.hosts.iter().any(|it| it.gone) {
                 self.fail(format!("h{host} depends on blocks that nobody has any more"));
             }
-            return false;
+            return None;
         };
-        if !self.agent_up(source) || !self.net.reachable(host, source) {
-            return false;
-        }
         let it = &self.hosts[source];
-        let Some(blocks) =
-            it.copy_of.get(&attempt).and_then(|id| it.copies.get(id)).map(|copy| copy.layer.cached.clone())
-        else {
-            return false;
-        };
-        if let Some(copy) = self.hosts[host].copies.get_mut(&id) {
-            for block in std::mem::take(&mut copy.layer.missing) {
-                copy.layer.cached[block] = blocks[block];
-            }
-            copy.layer.partial = false;
-            let cached = copy.layer.cached.clone();
-            copy.layer.persist(&cached);
+        let serves = it.agent.as_ref().is_some_and(|agent| agent.serves.contains(&attempt));
+        if !serves || !self.net.reachable(host, source) {
+            return None;
         }
-        true
+        Some(it.copies.get(it.copy_of.get(&attempt)?)?.layer.cached.clone())
+    }
+
+    /// Fetches some of what is missing of the layer here; whether nothing is missing any more.
+    pub(crate) fn pull(&mut self, host: HostIx, id: CopyId) -> bool {
+        let Some(copy) = self.hosts[host].copies.get(&id) else { return true };
+        if copy.layer.missing.is_empty() || copy.brought_by.is_none() {
+            return true;
+        }
+        let Some(blocks) = self.handed_out(host, id) else { return false };
+        let some = if self.calm { BLOCKS } else { self.rng.index(BLOCKS) + 1 };
+        let Some(copy) = self.hosts[host].copies.get_mut(&id) else { return true };
+        for _ in 0..some {
+            let Some(block) = copy.layer.missing.pop_last() else { break };
+            copy.layer.cached[block] = blocks[block];
+        }
+        let cached = copy.layer.cached.clone();
+        copy.layer.persist(&cached);
+        let whole = copy.layer.missing.is_empty();
+        if whole {
+            copy.layer.partial = false;
+            self.tally.pulls += 1;
+        }
+        whole
     }
 }
 

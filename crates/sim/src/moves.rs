@@ -407,6 +407,7 @@ impl World {
             | Work::Target(TargetWork::Discard) => {
                 agent.works.retain(|(_, at, _)| *at != attempt);
                 agent.streams.remove(&attempt);
+                agent.serves.remove(&attempt);
             }
             Work::Source(SourceWork::Copy) => {
                 let Some(source) = agent.sources.get(&attempt) else { return true };
@@ -501,7 +502,8 @@ impl World {
                     self.hosts[host].copies.remove(&id);
                 }
             }
-            Work::Source(_) => {}
+            Work::Source(SourceWork::Serve) => self.serve(host, attempt, state),
+            Work::Source(SourceWork::Copy | SourceWork::LastRound | SourceWork::DeviceState) => {}
             Work::Target(TargetWork::Negotiate | TargetWork::Announce) => {}
             Work::Target(TargetWork::Prepare) => self.prepare(host, attempt),
             Work::Target(TargetWork::Verify) => return self.verify(host, id),
@@ -531,7 +533,7 @@ impl World {
                 return if id.is_none_or(|id| self.pull(host, id)) {
                     Ok(())
                 } else {
-                    Err((error("the source is away"), false))
+                    Err((error("something is still at the source"), false))
                 };
             }
         }
@@ -551,6 +553,18 @@ impl World {
         }
         self.hosts[host].copy_of.insert(attempt, id);
         self.hosts[host].copies.insert(id, copy);
+    }
+
+    /// Hands the layer out to the target from here on.
+    fn serve(&mut self, host: HostIx, attempt: Attempt, state: Option<CopyState>) {
+        let right = &self.store.vm().right;
+        let (holder, epoch) = (self.host_ix(&right.holder), right.epoch);
+        let Some(agent) = &mut self.hosts[host].agent else { return };
+        agent.serves.insert(attempt);
+        let before = agent.sources.get(&attempt).is_some_and(|source| source.offer().epoch == epoch);
+        if state == Some(CopyState::Running) || before && holder == host {
+            self.fail(format!("h{host} hands out a layer that it may still write"));
+        }
     }
 
     fn verify(&mut self, host: HostIx, id: Option<u64>) -> Result<(), (WireError, bool)> {
@@ -588,7 +602,10 @@ impl World {
             self.fail(format!("h{host} holds the VM and has nothing of it"));
             return;
         };
-        if !self.pull(host, newest) {
+        if self.hosts[host].copies.get(&newest).is_some_and(|copy| !copy.layer.missing.is_empty()) {
+            if !self.hosts.iter().any(|it| it.gone) {
+                self.fail(format!("h{host} lacks blocks of the disk, and nobody fetches them"));
+            }
             return;
         }
         let seen = self.store.seen();

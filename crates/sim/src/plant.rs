@@ -1,6 +1,6 @@
-//! Ten mistakes that could be made, each behind a switch, to show that the checkers would find them.
+//! Eleven mistakes that could be made, each behind a switch, to show that the checkers would find them.
 //!
-//! Four live where the decision is made and are passed to the engine as an argument that production never sets;
+//! Five live where the decision is made and are passed to the engine as an argument that production never sets;
 //! the others stand in for mistakes in the host crate and live in the simulator's hosts.
 
 use std::fmt;
@@ -44,6 +44,8 @@ plants! {
     ReleaseBeforeRunning = "release-before-running",
     /// The source goes from listing I/O to device state.
     SkipLastRound = "skip-last-round",
+    /// With `--disk on-demand` the source gives up its layer before the target has fetched all of it.
+    ReleaseBeforePulled = "release-before-pulled",
     /// The journal is kept in memory only.
     ForgetJournal = "forget-journal",
     /// A reader takes bytes whose hash is wrong.
@@ -60,6 +62,7 @@ impl Plant {
             Self::ResumeWithoutReadBack => Some(handover::Plant::ResumeWithoutReadBack),
             Self::ReleaseBeforeRunning => Some(handover::Plant::ReleaseBeforeRunning),
             Self::SkipLastRound => Some(handover::Plant::SkipLastRound),
+            Self::ReleaseBeforePulled => Some(handover::Plant::ReleaseBeforePulled),
             Self::SkipEpochCheck
             | Self::DropPageVersion
             | Self::OfferUnverifiedBlock

@@ -166,6 +166,8 @@ pub struct Agent {
     pub store_answered: Option<Time>,
     /// Guests that this agent has let run; one that starts later cannot know.
     pub let_go: BTreeSet<Attempt>,
+    /// Moves from here whose layer it hands out (`--disk on-demand`).
+    pub serves: BTreeSet<Attempt>,
 }
 
 /// A host.
@@ -211,6 +213,10 @@ pub struct Tally {
     pub operator: u64,
     /// Blocks read.
     pub reads: u64,
+    /// Blocks of its disk that the guest read while they were at another host (`--disk on-demand`).
+    pub remote_reads: u64,
+    /// Layers fetched to their last block.
+    pub pulls: u64,
 }
 
 impl Tally {
@@ -225,6 +231,8 @@ impl Tally {
         self.faults += other.faults;
         self.operator += other.operator;
         self.reads += other.reads;
+        self.remote_reads += other.remote_reads;
+        self.pulls += other.pulls;
     }
 }
 
@@ -488,6 +496,7 @@ impl World {
             wakes: BTreeMap::new(),
             store_answered: None,
             let_go: BTreeSet::new(),
+            serves: BTreeSet::new(),
         });
         self.note(format_args!("h{host}: agent starts"));
         self.submit_io(host);

@@ -13,7 +13,16 @@ fn nothing_breaks(first: u64, end: u64) {
         assert!(words.is_empty(), "seed {seed}: {words}\nrepeat it with: {}", repeat_command(seed, None));
         sum.add(&report.tally);
     }
-    let seen = [sum.commits, sum.undone, sum.recoveries, sum.hand_backs, sum.operator, sum.reads];
+    let seen = [
+        sum.commits,
+        sum.undone,
+        sum.recoveries,
+        sum.hand_backs,
+        sum.operator,
+        sum.reads,
+        sum.remote_reads,
+        sum.pulls,
+    ];
     assert!(seen.iter().all(|count| *count > 0), "too quiet to mean anything: {sum:?}");
 }
 
@@ -45,8 +54,8 @@ fn keeping_the_trace_does_not_change_it() {
 }
 
 #[test]
-fn there_are_ten_plants_and_a_failure_names_the_command_that_repeats_it() {
-    assert_eq!(Plant::ALL.len(), 10);
+fn there_are_eleven_plants_and_a_failure_names_the_command_that_repeats_it() {
+    assert_eq!(Plant::ALL.len(), 11);
     for plant in Plant::ALL {
         assert_eq!(plant.as_str().parse::<Plant>(), Ok(*plant));
     }
@@ -85,6 +94,7 @@ found! {
     resuming_without_reading_back_is_found = ResumeWithoutReadBack,
     releasing_before_the_target_runs_is_found = ReleaseBeforeRunning,
     skipping_the_last_round_is_found = SkipLastRound,
+    releasing_before_everything_was_fetched_is_found = ReleaseBeforePulled,
     forgetting_the_journal_is_found = ForgetJournal,
     accepting_a_wrong_hash_is_found = AcceptWrongHash,
     acknowledging_a_flush_early_is_found = AckFlushEarly,

@@ -259,6 +259,9 @@ pub struct Volume {
     pub epoch: u64,
     /// The VM it is attached to.
     pub attached_to: Option<Name>,
+    /// The host that still has blocks which the holder has not fetched.
+    #[serde(default)]
+    pub depends_on: Option<HostId>,
     /// Bytes the layer takes on disk, where it is here.
     #[serde(default)]
     pub layer_bytes: Option<u64>,
@@ -355,6 +358,9 @@ pub struct VolumeCheck {
     pub name: Name,
     /// Log records looked at.
     pub records: u64,
+    /// What is worth knowing, such as blocks that are still at another host.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// What is wrong, each with its place; empty if all is well.
     pub problems: Vec<String>,
 }

@@ -53,6 +53,7 @@ use crate::error::{ErrorKind, WireError};
 
 pub mod block;
 pub mod cluster;
+pub mod layer;
 pub mod memory;
 pub mod meta;
 pub mod migrate;

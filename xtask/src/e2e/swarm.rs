@@ -125,7 +125,7 @@ fn on_hosts(c: &Context<'_>, s3: &S3, name: &str, count: usize) -> Result<Boots>
     at_once(lab.hosts(), |n| {
         let name = names[n].as_str();
         let workload = "wg.mem_mib=0 boot.read=/swarm.bin";
-        VmArgs { name, volume: name, memory_mib: MEMORY_MIB, vcpus: 1, workload, net: false }
+        VmArgs { name, volumes: &[name], memory_mib: MEMORY_MIB, vcpus: 1, workload, net: false }
             .words(&lab.image)
     })?;
     let commands = started.elapsed();

@@ -40,8 +40,8 @@ pub struct Host {
 pub struct VmArgs<'a> {
     /// Its name.
     pub name: &'a str,
-    /// An existing volume.
-    pub volume: &'a str,
+    /// Existing volumes, boot disk first.
+    pub volumes: &'a [&'a str],
     /// RAM.
     pub memory_mib: u64,
     /// Virtual processors.
@@ -58,7 +58,10 @@ impl VmArgs<'_> {
         let (memory, vcpus) = (format!("{}M", self.memory_mib), self.vcpus.to_string());
         let append = format!("{APPEND} {}", self.workload);
         let (kernel, initrd) = (image.kernel.to_string_lossy(), image.initrd.to_string_lossy());
-        let mut args = vec!["vm", "run", self.name, "--volume", self.volume, "--memory", &memory];
+        let mut args = vec!["vm", "run", self.name, "--memory", &memory];
+        for volume in self.volumes {
+            args.extend(["--volume", *volume]);
+        }
         args.extend(["--vcpus", &vcpus, "--accel", "tcg", "--kernel", &kernel, "--initrd", &initrd]);
         args.extend(["--append", &append]);
         if self.net {

@@ -28,8 +28,8 @@
 //!  waiting ───────── Committed(epoch) ────────────────────► record says: mine, epoch+1
 //!     │                                                     resuming ── fails ─► rebuilding ── fails ─► handing back
 //!     │                                                          │ guest runs                 CAS: holder=source, epoch+2
-//!     │◄──────────── Running (or the record says so) ────── announcing ─► marking ─► [pulling] ─► done
-//!  [serving]  until Pulled
+//!     │◄──────────── Running (or the record says so) ────── announcing ─► marking ─► [pulling ─► marking] ─► done
+//!  [serving]  until Pulled (or the record says so)
 //!     │
 //!  releasing ─► done
 //!
@@ -51,6 +51,7 @@
 //! | source, resolving, fencing | the store | none: only the record says who runs the VM | – |
 //! | source, waiting | the target to run the guest, or hand back | none: only the operator can decide otherwise | – |
 //! | source, serving (`--disk on-demand`) | the target to fetch the rest | none: the task says that it depends on the source | – |
+//! | target, pulling (`--disk on-demand`) | the source to hand out the rest | none: likewise | – |
 //! | source, undoing | own QEMU | the host's own limits | the record says `crashed` |
 //! | source, clearing | the store | none: the guest runs here already | – |
 //! | target, before READY | any sign of the source | [`limit::TARGET_PATIENCE_MS`] | discard |
@@ -70,6 +71,8 @@
 //! | target, `verify` … `announce` | mine | resume what QEMU has, else rebuild, else hand back; if it may have run: `crashed` |
 //! | target, `verify` … `announce` | this attempt stands | wait, as READY |
 //! | target, `verify` … `announce` | over | discard |
+//! | target, `pull` | mine | go on fetching; the VM itself is found again as any other VM of the host |
+//! | target, `pull` | over | discard |
 //!
 //! # Invariants
 //!
@@ -80,8 +83,11 @@
 //! * READY is said after everything is at the target, durably enough to survive the end of its agent; COMMIT is
 //!   sent only after READY.
 //! * The guest is paused only when the store has just answered (younger than [`limit::STORE_FRESH_MS`]).
-//! * The source keeps QEMU, memory and layer until the guest is known to run at the target; the target hands back
-//!   only if the guest has not run a single instruction there.
+//! * The source keeps QEMU, memory and layer until the guest is known to run at the target, with `--disk on-demand`
+//!   until the record says that no block is missing there; the target hands back only if the guest has not run a
+//!   single instruction there.
+//! * A layer is handed out to a target ([`SourceWork::Serve`]) only after the record was seen to name that target:
+//!   from then on nobody writes it here.
 //! * Every transition that recovery must know about is journalled before the effect it guards. Recovery reads the
 //!   record before it acts, whatever the journal says.
 //!
@@ -231,4 +237,7 @@ pub enum Plant {
     ReleaseBeforeRunning,
     /// The source goes from listing I/O to device state.
     SkipLastRound,
+    /// With `--disk on-demand` the source gives up its copy when the guest runs at the target, not when the target has
+    /// every block.
+    ReleaseBeforePulled,
 }

@@ -272,6 +272,11 @@ impl Layer {
         Ok(())
     }
 
+    /// Whether writes through this handle are refused because the right went elsewhere.
+    pub fn is_fenced(&self) -> bool {
+        self.gate.load(Ordering::Acquire) == FENCED
+    }
+
     /// What another host needs to make the same layer.
     pub fn spec(&self) -> LayerSpec {
         let header = self.header.lock();
@@ -575,7 +580,13 @@ impl Layer {
         (piece, blocks, file)
     }
 
-    fn read_pieces(&self, offset: u64, length: u64, into: &mut [IoSliceMut<'_>], now: bool) -> Result<bool> {
+    pub(super) fn read_pieces(
+        &self,
+        offset: u64,
+        length: u64,
+        into: &mut [IoSliceMut<'_>],
+        now: bool,
+    ) -> Result<bool> {
         let end = offset + length;
         let mut at = offset;
         while at < end {

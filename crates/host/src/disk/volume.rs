@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 use whimbrel_engine::disk::identity::{self, CHAIN_MAX, Link};
-use whimbrel_wire::record::layer::Parent;
+use whimbrel_wire::record::layer::{Parent, State};
 use whimbrel_wire::size::show_bytes;
 use whimbrel_wire::{DiskId, Epoch, ImageId};
 
@@ -119,6 +119,17 @@ impl VolumeDir {
     ) -> Result<Arc<Layer>> {
         let base = self.base(disk_id, image)?;
         Layer::open(&self.path(disk_id), base, epoch, writable)
+    }
+
+    /// Makes a layer whose blocks are still at another host; see [`Pull::create`].
+    pub fn create_pull(&self, spec: &LayerSpec, map: &[u8]) -> Result<()> {
+        Pull::create(&self.path(spec.disk_id), spec, map)
+    }
+
+    /// Whether some of the layer's blocks are still at another host.
+    pub fn is_pulling(&self, disk_id: DiskId) -> Result<bool> {
+        let file = HeaderFile::open(&Dir::new(&self.path(disk_id)), false)?;
+        Ok(file.get().state == State::Pulling)
     }
 
     /// Opens the chain on a layer whose blocks are still at another host.

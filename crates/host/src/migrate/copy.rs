@@ -3,7 +3,7 @@
 //! ```text
 //!   attach tracker ─► round 1: every page ─► scan ─► decide ─┬─ go on ─► round n ─► scan ─► …
 //!        layers: ship what is new beside every round         └─ fits: say so, keep rounds short until the pause
-//!   paused: last scan ─► last round ─► layers' ends ─► device state ─► what saving it wrote
+//!   paused: last scan ─► last round ─► layers' ends, or maps ─► device state ─► what saving it wrote
 //! ```
 //!
 //! Invariants
@@ -19,11 +19,14 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::io::AsyncWriteExt as _;
 use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
 use whimbrel_wire::Name;
-use whimbrel_wire::record::layer::ShipPosition;
+use whimbrel_wire::peer::migrate::PullHead;
+use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
 use super::data;
+use crate::block_dev::BlockDev as _;
 use crate::disk::{Layer, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
@@ -40,6 +43,9 @@ use crate::vm::LocalVm;
 const CHUNK_BYTES: usize = 4 << 20;
 /// A layer is caught up in at most so many passes per round; the rest is the next round's.
 const CATCH_UP_PASSES: u32 = 8;
+/// A layer whose blocks follow later is flushed this often while the guest runs, so that little is left to flush when it
+/// stands still.
+const FLUSH_EVERY: Duration = Duration::from_millis(500);
 /// Rounds shorter than this are spaced out: an idle guest needs no rounds back to back.
 const ROUND_MIN: Duration = Duration::from_millis(20);
 
@@ -218,12 +224,80 @@ impl LayerCopy {
     }
 }
 
+/// A layer of which only the map is sent; its blocks follow when the VM has moved.
+pub struct LayerMap {
+    volume: Name,
+    layer: Arc<Layer>,
+    stream: PeerStream,
+    flushed: Option<Instant>,
+}
+
+impl LayerMap {
+    /// A layer whose stream is open; refused if its map is too long for a pause.
+    pub async fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream) -> Result<Self> {
+        let measured = Arc::clone(&layer);
+        let map = on_disk(move || Ok(measured.pull_map())).await?;
+        // The guest goes on writing, so some room is left.
+        if map.len() as u64 > PullHead::MAP_BYTES_MAX / 2 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "send the map of volume {volume}: its layer is in too many pieces ({} bytes)",
+                    map.len()
+                ),
+            )
+            .hint("move it with --disk copy"));
+        }
+        Ok(Self { volume, layer, stream, flushed: None })
+    }
+
+    /// Makes durable what the guest has written, now and then.
+    async fn keep_durable(&mut self) -> Result<()> {
+        if self.flushed.is_none_or(|at| at.elapsed() >= FLUSH_EVERY) {
+            let layer = Arc::clone(&self.layer);
+            on_disk(move || layer.flush()).await?;
+            self.flushed = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// The guest stands still: makes the rest durable and tells the target which blocks are here. Gives the bytes sent
+    /// and those that are to follow.
+    pub async fn finish(&mut self) -> Result<(u64, u64)> {
+        let layer = Arc::clone(&self.layer);
+        let (end, map) = on_disk(move || Ok((layer.ship_end()?, layer.pull_map()))).await?;
+        let map_bytes = map.len() as u64;
+        let head = PullHead { data_id: end.data_id, epoch: end.epoch, map_bytes };
+        data::write_json(&mut self.stream, &head).await?;
+        for piece in map.chunks(CHUNK_BYTES) {
+            data::write_piece(&mut self.stream, piece).await?;
+        }
+        data::write_piece(&mut self.stream, &[]).await?;
+        self.stream.flush().await.context("send the map of a layer")?;
+        let runs = runs::decode(&map).map_err(Error::from)?;
+        let data = runs.iter().filter(|run| run.kind != RunKind::Zero);
+        let follow = data.map(|run| u64::from(run.blocks) * BLOCK_BYTES).sum();
+        data::read_result(&mut self.stream)
+            .await
+            .with_context(|| format!("send the map of volume {}", self.volume))?;
+        Ok((map_bytes, follow))
+    }
+}
+
+async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::with_source(ErrorKind::Internal, "work on a layer", error))?
+}
+
 /// Everything under copy.
 pub struct Copying {
     /// Memory, in mode A.
     pub memory: Option<MemoryCopy>,
     /// Layers.
     pub layers: Vec<LayerCopy>,
+    /// Layers that follow later.
+    pub maps: Vec<LayerMap>,
     /// Judges every round.
     pub precopy: Precopy,
 }
@@ -256,9 +330,7 @@ impl Copying {
             memory.scan()?;
         }
         let report = memory.round(*withhold, false).await?;
-        for layer in &mut self.layers {
-            *layer_bytes += layer.catch_up().await?;
-        }
+        *layer_bytes += layers_pass(&mut self.layers, &mut self.maps).await?;
         if let Some(rest) = ROUND_MIN.checked_sub(started.elapsed()) {
             tokio::time::sleep(rest).await;
         }
@@ -292,13 +364,9 @@ impl Copying {
         }
     }
 
-    /// One pass over the layers (mode B, where QEMU copies the memory).
+    /// One pass over the layers alone (mode B, where QEMU copies the memory); gives the bytes sent.
     pub async fn layers_pass(&mut self) -> Result<u64> {
-        let mut sent = 0;
-        for layer in &mut self.layers {
-            sent += layer.catch_up().await?;
-        }
-        Ok(sent)
+        layers_pass(&mut self.layers, &mut self.maps).await
     }
 
     /// Undoes what the copy did to the VM.
@@ -310,4 +378,15 @@ impl Copying {
             memory.abandon();
         }
     }
+}
+
+async fn layers_pass(layers: &mut [LayerCopy], maps: &mut [LayerMap]) -> Result<u64> {
+    let mut sent = 0;
+    for layer in layers {
+        sent += layer.catch_up().await?;
+    }
+    for map in maps {
+        map.keep_durable().await?;
+    }
+    Ok(sent)
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! migrate.layer   source: length u32 LE, chunk … │ 0, ship position (52 bytes)    target: 0 = durable │ length, error JSON
+//!   on demand     source: length u32 LE, PullHead JSON, pieces of the map … │ 0         target: likewise
 //! migrate.state   source: length u32 LE, StateHead JSON, device state             target: likewise
 //! ```
 //!

@@ -4,12 +4,14 @@
 //!   Copy: a loop of rounds ── fits ─► (the machine asks the store) ─► Pause ends the loop
 //!   ListIo: disks fenced      LastRound: memory, layers      DeviceState: saved, sent, re-scanned
 //!   ResumeHere: everything above undone                      Release: QEMU ended, RAM and layers dropped
+//!   on demand: only the layers' maps are sent; Serve: the layers handed out to the target until Release
 //! ```
 //!
 //! Invariants
 //! * Only `Release` gives anything up. `ResumeHere` works from any point, also after a restart of the agent.
 //! * While the guest stands still, nothing waits that could have been opened before: all streams stand.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,7 +28,7 @@ use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
 use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
 use whimbrel_wire::{ErrorKind, Name};
 
-use super::copy::{After, Copying, LayerCopy, MemoryCopy};
+use super::copy::{After, Copying, LayerCopy, LayerMap, MemoryCopy};
 use super::data::{self, service};
 use super::driver::{self, Events, Hands, WorkFailed};
 use super::{Shared, control};
@@ -74,6 +76,11 @@ pub struct SourceSide {
     order: Notify,
     paused_at: Mutex<Option<Instant>>,
     layer_bytes: AtomicU64,
+    /// The volumes' records before COMMIT: after it, the guest must not wait for the store.
+    volumes: Mutex<HashMap<Name, VolumeRecord>>,
+    /// On demand: bytes that follow the VM, and counts of those that were handed out.
+    follow_bytes: AtomicU64,
+    handed_out: Mutex<Vec<Arc<AtomicU64>>>,
 }
 
 impl SourceSide {
@@ -131,6 +138,9 @@ impl SourceSide {
             order: Notify::new(),
             paused_at: Mutex::default(),
             layer_bytes: AtomicU64::new(0),
+            volumes: Mutex::default(),
+            follow_bytes: AtomicU64::new(0),
+            handed_out: Mutex::default(),
         });
         tokio::spawn(async move {
             let (meta, journal) = (Arc::clone(&side.shared.meta), side.shared.journal.clone());
@@ -187,10 +197,17 @@ impl SourceSide {
 
     fn report(&self) {
         let figures = self.progress.get();
-        let layers = self.layer_bytes.load(Ordering::Relaxed);
-        let left = figures.left_pages * crate::memory::PAGE_BYTES as u64;
-        let done = figures.total_bytes.saturating_sub(left);
-        self.task.progress(done, figures.total_bytes);
+        let counts = self.handed_out.lock().clone();
+        let handed_out = counts.iter().map(|count| count.load(Ordering::Relaxed)).sum::<u64>();
+        let layers = self.layer_bytes.load(Ordering::Relaxed) + handed_out;
+        if counts.is_empty() {
+            let left = figures.left_pages * crate::memory::PAGE_BYTES as u64;
+            self.task.progress(figures.total_bytes.saturating_sub(left), figures.total_bytes);
+        } else {
+            // What the guest overwrites before it is fetched is never handed out.
+            let follow = self.follow_bytes.load(Ordering::Relaxed);
+            self.task.progress(handed_out, follow.max(handed_out));
+        }
         self.task.wire_bytes(figures.wire_bytes + layers);
         #[expect(clippy::cast_precision_loss, reason = "figures for people")]
         for (name, value) in [
@@ -234,14 +251,16 @@ impl SourceSide {
     /// Opens all streams and starts to follow the guest's writes.
     async fn begin_copy(&self) -> Result<Copying> {
         let vm = self.vm()?;
-        let mut layers = Vec::new();
-        if self.offer.disk == DiskMove::Copy {
-            for name in &self.offer.spec.volumes {
-                let record = self.volume(name).await?;
-                let layer = self.shared.vms.volumes().open(&record).await?;
-                let stream = self.open(service::LAYER, Some(name)).await?;
-                layers.push(LayerCopy::new(name.clone(), layer, stream));
+        let (mut layers, mut maps) = (Vec::new(), Vec::new());
+        for name in &self.offer.spec.volumes {
+            let record = self.volume(name).await?;
+            let layer = self.shared.vms.volumes().open(&record).await?;
+            let stream = self.open(service::LAYER, Some(name)).await?;
+            match self.offer.disk {
+                DiskMove::Copy => layers.push(LayerCopy::new(name.clone(), layer, stream)),
+                DiskMove::OnDemand => maps.push(LayerMap::new(name.clone(), layer, stream).await?),
             }
+            self.volumes.lock().insert(name.clone(), record);
         }
         *self.state_stream.lock().await = Some(self.open(service::STATE, None).await?);
         let memory = match self.offer.mode {
@@ -262,7 +281,7 @@ impl SourceSide {
             }
         };
         let precopy = Precopy::new(Policy::new(self.downtime_limit_ms));
-        Ok(Copying { memory, layers, precopy })
+        Ok(Copying { memory, layers, maps, precopy })
     }
 
     async fn volume(&self, name: &Name) -> Result<VolumeRecord> {
@@ -354,7 +373,7 @@ impl SourceSide {
         let mut guard = self.copying.lock().await;
         let copying =
             guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send the last round: no copy"))?;
-        let Copying { memory, layers, .. } = copying;
+        let Copying { memory, layers, maps, .. } = copying;
         let memory = async {
             match memory {
                 Some(memory) => memory.last_round().await.map(drop),
@@ -365,6 +384,11 @@ impl SourceSide {
             for layer in layers {
                 let sent = layer.finish().await?;
                 self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
+            }
+            for map in maps {
+                let (sent, follow) = map.finish().await?;
+                self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
+                self.follow_bytes.fetch_add(follow, Ordering::Relaxed);
             }
             Ok(())
         };
@@ -409,6 +433,34 @@ impl SourceSide {
         stream.write_all(&state).await.context("send device state")?;
         stream.flush().await.context("send device state")?;
         data::read_result(stream).await.context("send device state")
+    }
+
+    /// Hands the layers out to the target, at the epoch at which COMMIT passed their rights on.
+    async fn serve(&self) -> Result<()> {
+        for name in &self.offer.spec.volumes {
+            let known = self.volumes.lock().get(name).cloned();
+            let record = match known {
+                Some(record) => record,
+                None => self.volume(name).await?,
+            };
+            let right = match record.right.holder == self.offer.source {
+                true => record.right.passed_to(self.offer.target.clone()),
+                false => record.right,
+            };
+            if right.holder != self.offer.target {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!("hand out volume {name}: host {} holds the right to write it", right.holder),
+                ));
+            }
+            let volumes = self.shared.vms.volumes();
+            let count = volumes.serve(record.disk_id, &right.holder, right.epoch, &self.limiter).await?;
+            let mut counts = self.handed_out.lock();
+            if !counts.iter().any(|other| Arc::ptr_eq(other, &count)) {
+                counts.push(count);
+            }
+        }
+        Ok(())
     }
 
     async fn resume_here(&self) -> Result<()> {
@@ -484,6 +536,7 @@ impl Hands<Source> for SourceSide {
             SourceWork::ListIo => self.list_io().await,
             SourceWork::LastRound => self.last_round().await,
             SourceWork::DeviceState => self.device_state().await,
+            SourceWork::Serve => self.serve().await,
             SourceWork::ResumeHere => self.resume_here().await,
             SourceWork::Release => self.release().await,
         };

@@ -19,10 +19,10 @@ pub async fn read(meta: &dyn MetaStore, vm: &Name) -> Result<Seen> {
     };
     let mut volumes = Vec::with_capacity(record.value.spec.volumes.len());
     for name in &record.value.spec.volumes {
-        let volume =
-            records::must::<VolumeRecord>(meta, &key::volume(name), &format!("volume {name} of vm {vm}"))
-                .await?;
-        volumes.push((volume.value, volume.mod_rev));
+        // One that is gone was deleted on purpose; whoever needs it counts.
+        if let Some(volume) = records::get::<VolumeRecord>(meta, &key::volume(name)).await? {
+            volumes.push((volume.value, volume.mod_rev));
+        }
     }
     Ok(Seen { vm: Some((record.value, record.mod_rev)), volumes })
 }

@@ -6,6 +6,7 @@
 //!                                                   │ layers ─► directories, durable
 //!                                                   └ state  ─► a file that is kept, and loaded into QEMU
 //!   Resume: layers opened at the new epoch, disks served, guest runs
+//!   Pull: the VM is one of this host's like any other; what the source still has is fetched
 //! ```
 //!
 //! Invariants
@@ -13,7 +14,7 @@
 //! * RAM file, device state and layers outlive this agent and the waiting QEMU: a target whose QEMU died before the
 //!   guest ran starts another one from them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -23,15 +24,16 @@ use tokio::io::AsyncReadExt as _;
 use whimbrel_engine::migrate::handover::{
     Event, Offer, Outcome, Step, Target, TargetWork, ToSource, ToTarget,
 };
+use whimbrel_wire::api::DiskMove;
 use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
-use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
-use whimbrel_wire::{AttemptId, ErrorKind, Name};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, PullHead, StateHead};
+use whimbrel_wire::{AttemptId, Epoch, ErrorKind, Name};
 
 use super::data::{self, service};
 use super::driver::{self, Events, Hands, WorkFailed};
 use super::{Shared, control};
 use crate::clock;
-use crate::disk::{Received, ShipSeal};
+use crate::disk::{BaseImage, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
 use crate::guest::{device_state, launch};
 use crate::link::{PeerIdentity, PeerStream, Router, StreamOffer};
@@ -41,11 +43,14 @@ use crate::memory::{Limiter, Progress};
 use crate::records;
 use crate::task::TaskHandle;
 use crate::vm::LocalVm;
+use crate::volume::Volumes;
 
 /// The file beside the journal that holds the device state.
 const STATE_FILE: &str = "device-state";
 /// How long QEMU may take to say that it has loaded what it was sent (mode B).
 const LOAD_LIMIT: Duration = Duration::from_secs(10);
+/// Of the source's blocks, about so many bytes are fetched between two reports.
+const STEP_BYTES: u64 = 16 << 20;
 /// How long an earlier attempt may take to be discarded here before the next is refused.
 const DISCARD_LIMIT: Duration = Duration::from_secs(15);
 
@@ -62,6 +67,8 @@ pub struct TargetSide {
     arrived: Mutex<Arrived>,
     /// Mode B: QEMU's stream.
     qemu: tokio::sync::Mutex<Option<stream::Target>>,
+    /// Why the source's blocks do not come just now.
+    trouble: Mutex<Option<String>>,
 }
 
 /// What has come so far.
@@ -69,6 +76,8 @@ pub struct TargetSide {
 struct Arrived {
     /// Volumes whose layer is here, durably; with the handle, unless an earlier process of this agent received it.
     layers: HashMap<Name, Received>,
+    /// On demand: volumes whose map is here, durably, with a place for their blocks.
+    maps: HashSet<Name>,
     state: Option<StateHead>,
     qemu_loaded: bool,
 }
@@ -183,6 +192,7 @@ impl TargetSide {
             volumes: Mutex::default(),
             arrived: Mutex::default(),
             qemu: tokio::sync::Mutex::default(),
+            trouble: Mutex::default(),
         });
         shared.targets.lock().insert(side.offer.attempt, Arc::clone(&side));
         let running = Arc::clone(&side);
@@ -200,6 +210,8 @@ impl TargetSide {
         let offer = machine.offer().clone();
         // Before the machine moves: it must find the QEMU that may be running the guest already.
         let vm = match shared.vms.local_record(&offer.vm)? {
+            // It is found again with the other VMs of this host.
+            _ if machine.step_now() == Step::Pull => None,
             Some(local) => shared.vms.reattach(&local, offer.epoch.next(), false).await?,
             None => None,
         };
@@ -341,6 +353,14 @@ impl TargetSide {
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "receive a layer: no volume is named"))?;
         let record = self.volume(&name).await?;
         let volumes = self.shared.vms.volumes().clone();
+        if self.offer.disk == DiskMove::OnDemand {
+            let result = take_map(&mut stream, volumes, record).await;
+            if result.is_ok() {
+                self.arrived.lock().maps.insert(name);
+            }
+            data::write_result(&mut stream, &result).await?;
+            return result;
+        }
         let mut receiver = Some(volumes.receiver(&record)?);
         let mut chunk = Vec::new();
         loop {
@@ -420,13 +440,13 @@ impl TargetSide {
                 .spec
                 .volumes
                 .iter()
-                .filter(|name| !arrived.layers.contains_key(*name))
+                .filter(|name| !arrived.layers.contains_key(*name) && !arrived.maps.contains(*name))
                 .map(ToString::to_string)
                 .collect();
             (arrived.state.clone(), missing)
         };
         head.ok_or_else(|| Error::new(ErrorKind::Corrupt, "verify: no device state has come"))?;
-        if self.offer.disk == whimbrel_wire::api::DiskMove::Copy && !missing.is_empty() {
+        if !missing.is_empty() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!("verify: layers missing: {}", missing.join(", ")),
@@ -472,20 +492,72 @@ impl TargetSide {
 
     /// Opens the layers that came, without reading their logs again.
     async fn open_layers(&self) -> Result<()> {
-        let came: Vec<(Name, Received)> = self.arrived.lock().layers.drain().collect();
+        let (came, maps) = {
+            let mut arrived = self.arrived.lock();
+            let came: Vec<(Name, Received)> = arrived.layers.drain().collect();
+            (came, std::mem::take(&mut arrived.maps))
+        };
         let volumes = self.shared.vms.volumes().clone();
         for (name, received) in came {
-            let known = self.volumes.lock().get(&name).cloned();
-            let record = match known {
-                Some(record) => record,
-                None => self.volume(&name).await?,
-            };
-            let base = volumes.open_base(&record).await?.map(|(_, disk)| disk);
-            // COMMIT passed every volume's right on with the VM's: one epoch later than it was read.
-            let passed = record.right.holder != self.shared.host;
-            let epoch = if passed { record.right.epoch.next() } else { record.right.epoch };
+            let (record, base, epoch) = self.passed_on(&name).await?;
+            let base = base.map(|(_, disk)| disk);
             let opened = tokio::task::spawn_blocking(move || received.open(base, epoch)).await;
             volumes.keep(record.disk_id, joined(opened)?.with_context(|| format!("open volume {name}"))?);
+        }
+        for name in maps {
+            let (record, base, epoch) = self.passed_on(&name).await?;
+            volumes.open_pull(&record, base, epoch, &self.offer.source).await?;
+        }
+        Ok(())
+    }
+
+    /// A volume's record, the image under it, and the epoch of the right that COMMIT has passed on to this host.
+    async fn passed_on(&self, name: &Name) -> Result<(VolumeRecord, Option<BaseImage>, Epoch)> {
+        let known = self.volumes.lock().get(name).cloned();
+        let record = match known {
+            Some(record) => record,
+            None => self.volume(name).await?,
+        };
+        let base = self.shared.vms.volumes().open_base(&record).await?;
+        // COMMIT passed every volume's right on with the VM's: one epoch later than it was read.
+        let passed = record.right.holder != self.shared.host;
+        let epoch = if passed { record.right.epoch.next() } else { record.right.epoch };
+        Ok((record, base, epoch))
+    }
+
+    /// Fetches what the source still has. An error is followed by another try, from where this one was.
+    async fn pull(&self) -> Result<()> {
+        let vm = self.vm.lock().take();
+        if let Some(vm) = vm {
+            self.shared.vms.watch(&vm);
+        }
+        let volumes = self.shared.vms.volumes();
+        let mut pulls = Vec::new();
+        for name in &self.offer.spec.volumes {
+            let known = self.volumes.lock().get(name).cloned();
+            let record = match known {
+                Some(record) => record,
+                None => self.volume(name).await?,
+            };
+            if let Some(pull) = volumes.pull(&record).await? {
+                pulls.push((record.disk_id, pull));
+            }
+        }
+        for (disk_id, pull) in &pulls {
+            loop {
+                let stepping = Arc::clone(pull);
+                let stepped = joined(tokio::task::spawn_blocking(move || stepping.step(STEP_BYTES)).await)?;
+                let progress = stepped.inspect_err(|error| *self.trouble.lock() = Some(error.to_string()))?;
+                self.trouble.lock().take();
+                let all: Vec<_> = pulls.iter().map(|(_, pull)| pull.progress()).collect();
+                let total: u64 = all.iter().map(|progress| progress.total_bytes).sum();
+                let left: u64 = all.iter().map(|progress| progress.left_bytes).sum();
+                self.task.progress(total.saturating_sub(left), total);
+                if progress.done {
+                    break;
+                }
+            }
+            volumes.pulled(*disk_id);
         }
         Ok(())
     }
@@ -509,11 +581,16 @@ impl TargetSide {
     }
 
     async fn discard(&self) -> Result<()> {
-        let vm = self.vm.lock().take();
+        // While its blocks follow, the VM is among the others of this host.
+        let followed = || {
+            let vm = self.shared.vms.here(&self.offer.vm);
+            vm.filter(|vm| vm.epoch() == self.offer.epoch.next())
+        };
+        let vm = self.vm.lock().take().or_else(followed);
         if let Some(vm) = vm {
             self.shared.vms.forget(&vm).await;
         }
-        self.arrived.lock().layers.clear();
+        *self.arrived.lock() = Arrived::default();
         for name in &self.offer.spec.volumes {
             if let Ok(record) = self.volume(name).await {
                 self.shared.vms.volumes().drop_copy(&record);
@@ -522,6 +599,31 @@ impl TargetSide {
         let _ = tokio::fs::remove_file(self.state_path()).await;
         Ok(())
     }
+}
+
+/// Receives which blocks of a layer follow later, and makes a place for them.
+async fn take_map(stream: &mut PeerStream, volumes: Volumes, record: VolumeRecord) -> Result<()> {
+    let head: PullHead = data::read_json(stream).await?;
+    let what = || format!("receive the map of volume {}", record.name);
+    if head.map_bytes > PullHead::MAP_BYTES_MAX {
+        let limit = PullHead::MAP_BYTES_MAX;
+        let why = format!("{}: {} bytes, at most {limit}", what(), head.map_bytes);
+        return Err(Error::new(ErrorKind::InvalidInput, why));
+    }
+    let (mut map, mut piece) = (Vec::new(), Vec::new());
+    while data::read_piece(stream, &mut piece).await? {
+        if (map.len() + piece.len()) as u64 > head.map_bytes {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: it is longer than it says", what()),
+            ));
+        }
+        map.extend_from_slice(&piece);
+    }
+    if map.len() as u64 != head.map_bytes {
+        return Err(Error::new(ErrorKind::Corrupt, format!("{}: it is shorter than it says", what())));
+    }
+    joined(tokio::task::spawn_blocking(move || volumes.make_pull(&record, &head, &map)).await)?
 }
 
 fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T> {
@@ -542,7 +644,7 @@ impl Hands<Target> for TargetSide {
             TargetWork::Resume => self.resume().await?,
             TargetWork::Rebuild => self.rebuild().await?,
             TargetWork::Announce => device_state::announce_self(&self.vm()?.qmp().await?).await?,
-            TargetWork::Pull => {}
+            TargetWork::Pull => self.pull().await?,
             TargetWork::Discard => self.discard().await?,
         }
         Ok(())
@@ -557,6 +659,10 @@ impl Hands<Target> for TargetSide {
     }
 
     fn waiting_for(&self, what: Option<String>) {
-        self.task.waiting_for(what);
+        let trouble = self.trouble.lock().clone();
+        self.task.waiting_for(what.map(|what| match trouble {
+            Some(trouble) => format!("{what}; now: {trouble}"),
+            None => what,
+        }));
     }
 }

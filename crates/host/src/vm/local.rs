@@ -302,7 +302,7 @@ impl LocalVm {
                 continue;
             }
             // An open layer needs no word of the store: it is ours until somebody fences it.
-            let layer = match volumes.opened(disk.disk_id) {
+            let layer = match volumes.opened(disk.disk_id).filter(|layer| !layer.is_fenced()) {
                 Some(layer) => layer,
                 None => {
                     let what = format!("volume {}", disk.volume);
@@ -328,6 +328,7 @@ impl LocalVm {
             tracing::error!(vm = %self.name, %error, "QEMU does not end");
         }
         for disk in &self.disks {
+            volumes.stop_waiting(disk.disk_id);
             if let Err(error) = disk.slot.fence(FENCE_LIMIT) {
                 tracing::warn!(vm = %self.name, volume = %disk.volume, %error, "disk closed under a running request");
             }

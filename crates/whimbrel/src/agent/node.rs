@@ -156,8 +156,14 @@ impl Node {
         let store =
             Store::open(store_config(config, &host), Arc::clone(&meta), Arc::new(links.clone())).await?;
         let run_dir = config.run_dir.join("volumes");
-        let volumes =
-            Volumes::new(host.clone(), &config.data_dir, run_dir, Arc::clone(&meta), Arc::clone(&store))?;
+        let volumes = Volumes::new(
+            host.clone(),
+            &config.data_dir,
+            run_dir,
+            Arc::clone(&meta),
+            Arc::clone(&store),
+            links.clone(),
+        )?;
         let vm_config = VmConfig {
             records_dir: config.data_dir.join("vms"),
             run_dir: config.run_dir.join("vms"),
@@ -176,7 +182,7 @@ impl Node {
         )?;
         let service = Service::new(Arc::clone(&meta), links.clone(), &files)?;
         let renew = tokio::spawn(cluster::keep_renewed(Arc::clone(&service), files.clone()));
-        let router = router(agent, &service, &migrations, &store, &opened);
+        let router = router(agent, &service, &migrations, &volumes, &store, &opened);
         let listen: SocketAddr = config.listen.parse().map_err(|error| {
             Error::with_source(ErrorKind::InvalidInput, "read the configuration key `listen`", error)
         })?;
@@ -252,6 +258,7 @@ fn router(
     agent: &Arc<Agent>,
     service: &Arc<Service>,
     migrations: &Migrations,
+    volumes: &Volumes,
     store: &Arc<Store>,
     opened: &Opened,
 ) -> Router {
@@ -259,7 +266,7 @@ fn router(
     let router = Router::new()
         .call(forward::METHOD, move |_peer, params, body| forward::answer(Arc::clone(&api), params, body))
         .http(move |stream| Arc::clone(&remote).serve_remote(stream));
-    opened.routes(migrations.register(service.routes(store.register(router))))
+    opened.routes(migrations.register(volumes.register(service.routes(store.register(router)))))
 }
 
 async fn announce(meta: Arc<dyn MetaStore>, host: HostId, facts: Facts) {

@@ -151,7 +151,7 @@ pub enum PostCopyArg {
 pub enum DiskArg {
     /// Before the switch-over.
     Copy,
-    /// After it.
+    /// After it: the VM runs at the target sooner, and depends on both hosts until its blocks have followed.
     OnDemand,
 }
 

@@ -110,6 +110,9 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             let check: VolumeCheck = client.post(&format!("/v1/volumes/{name}/check"), &()).await?;
             context.print(&check, |check| {
                 let mut lines = format!("{}: {} records checked\n", check.name, check.records);
+                for note in &check.notes {
+                    lines += &format!("  note: {note}\n");
+                }
                 for problem in &check.problems {
                     lines += &format!("  {problem}\n");
                 }
@@ -171,6 +174,7 @@ fn describe(volume: &Volume) -> String {
         ("holder", volume.holder.to_string()),
         ("epoch", volume.epoch.to_string()),
         ("attached to", volume.attached_to.as_ref().map_or_else(|| "-".into(), ToString::to_string)),
+        ("depends on", volume.depends_on.as_ref().map_or_else(|| "-".into(), ToString::to_string)),
         ("layer on disk", volume.layer_bytes.map_or_else(|| "-".into(), show_bytes)),
         ("exports", volume.exports.join(" ")),
     ])

@@ -14,7 +14,7 @@ use std::str::FromStr;
 
 use crate::api::DiskMove;
 use crate::error::{ErrorKind, WireError};
-use crate::id::{AttemptId, Epoch, HostId, Name};
+use crate::id::{AttemptId, DataId, Epoch, HostId, Name};
 use crate::meta::{Mode, VmSpec};
 
 /// Makes the enum of steps with everything that has to list all of them.
@@ -63,6 +63,8 @@ steps! {
     Resume = "resume",
     /// The target announces the guest's addresses.
     Announce = "announce",
+    /// The disk follows the guest (`--disk on-demand` only): the target fetches what the source still has.
+    Pull = "pull",
     /// The source gives up its copy.
     Release = "release",
 }
@@ -206,7 +208,8 @@ pub struct JournalEntry {
     /// What is moved.
     pub offer: Offer,
     /// The step it has reached. At the source: is about to enter. At the target: `verify` means that READY may
-    /// have been said, `resume` that the guest may have run.
+    /// have been said, `resume` that the guest may have run, `pull` that the record says so: from there on the VM is
+    /// one of the target's like any other, and only its volumes' blocks are the attempt's.
     pub step: Step,
     /// Which way it goes.
     pub course: Course,
@@ -239,6 +242,23 @@ pub struct DataOpen {
     /// The volume, for `migrate.layer`.
     #[serde(default)]
     pub volume: Option<Name>,
+}
+
+/// What of a layer goes to the target during the pause if its blocks follow later, on `migrate.layer`: this, then the
+/// map of what it has (`pull.map` of `record::layer`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PullHead {
+    /// What the layer's readers see.
+    pub data_id: DataId,
+    /// The epoch of its last writer; the layer opens at a later one.
+    pub epoch: Epoch,
+    /// Length of the map, bytes; at most [`PullHead::MAP_BYTES_MAX`].
+    pub map_bytes: u64,
+}
+
+impl PullHead {
+    /// The longest map, bytes: four million runs. It is sent while the guest stands still.
+    pub const MAP_BYTES_MAX: u64 = 64 << 20;
 }
 
 /// What ends the copy, on `migrate.state`: said by the source when everything else has been sent.

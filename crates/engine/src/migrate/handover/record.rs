@@ -163,6 +163,8 @@ impl Seen {
         cas.volumes.clone_from(&self.volumes);
         for (volume, _) in &mut cas.volumes {
             volume.right = volume.right.passed_to(holder.clone());
+            // Whoever has the blocks does not depend on himself.
+            volume.depends_on.take_if(|on| on == holder);
         }
         Some(cas)
     }

@@ -28,6 +28,9 @@ pub enum SourceWork {
     LastRound,
     /// Save and send the device state; `Done` when the target has it.
     DeviceState,
+    /// Let the target, which holds the right now, read the layers here, and let nobody write them (`--disk on-demand`);
+    /// lasts until `ResumeHere`, `Release`, or the end of this agent.
+    Serve,
     /// Stop whatever of the above is under way, take I/O again, reissue what was cancelled, let the guest run if it
     /// is stopped. Does nothing to a guest that runs.
     ResumeHere,
@@ -95,6 +98,8 @@ pub struct Source {
     why: Outcome,
     /// The guest could not be let go here.
     crashed: Option<WireError>,
+    /// When `Serve` is to be tried again.
+    serve_at: Option<Time>,
     outcome: Option<Outcome>,
 }
 
@@ -114,6 +119,7 @@ impl Source {
             epoch: offer.epoch,
             why: Outcome::Moved,
             crashed: None,
+            serve_at: None,
             outcome: None,
             offer,
         }
@@ -217,7 +223,7 @@ impl Source {
         let talk = self.talk().map(|_| self.said.plus_ms(limit::ALIVE_EVERY_MS));
         let must_act = self.state == State::Dropping || (self.desk.idle() && self.needs_record());
         let kick = must_act.then_some(self.since);
-        [limit, silence, talk, kick, self.desk.deadline()].into_iter().flatten().min()
+        [limit, silence, talk, kick, self.serve_at, self.desk.deadline()].into_iter().flatten().min()
     }
 
     /// Takes an event in; appends what is to be done to `out`.
@@ -274,6 +280,9 @@ impl Source {
     fn go(&mut self, now: Time, state: State) {
         self.state = state;
         self.since = now;
+        if !matches!(state, State::Waiting | State::Serving) {
+            self.serve_at = None;
+        }
     }
 
     fn journal(&self, course: Course, out: &mut Out) {
@@ -435,6 +444,10 @@ impl Source {
         if self.desk.due(now) || (self.desk.idle() && self.needs_record()) {
             self.desk.read(now, out);
         }
+        if self.serve_at.is_some_and(|at| at <= now) {
+            self.serve_at = None;
+            out.push(Action::Do(SourceWork::Serve));
+        }
         if self.state == State::Dropping {
             self.release(now, Outcome::Moved, out);
         }
@@ -514,6 +527,10 @@ impl Source {
             // What could not be removed is found again when the agent starts; the VM is not touched by it.
             (SourceWork::Release, State::Releasing) => self.finish(self.why.clone(), out),
             (SourceWork::ResumeHere | SourceWork::Release, _) => {}
+            // The guest waits for what it reads meanwhile.
+            (SourceWork::Serve, State::Waiting | State::Serving) => {
+                self.serve_at = Some(now.plus_ms(limit::ALIVE_EVERY_MS));
+            }
             _ if self.before_commit() => self.undo(now, Outcome::Stayed(error), out),
             _ => {}
         }
@@ -555,6 +572,13 @@ impl Source {
                 let holder = self.seen.vm.as_ref().map(|(vm, _)| vm.right.holder.clone());
                 self.release(now, Outcome::Lost(holder), out);
             }
+            // Whatever became of the VM: its volumes lack blocks that are nowhere but here.
+            (State::Waiting | State::Serving, SourceView::Elsewhere(_)) if self.may_be_needed() => {
+                self.desk.read_at(again);
+            }
+            (State::Resolving, SourceView::Elsewhere(_)) if self.is_depended_on() => {
+                self.committed_there(now, out);
+            }
             (_, SourceView::Elsewhere(holder)) => {
                 let outcome = if self.committed() { Outcome::Moved } else { Outcome::Lost(holder) };
                 self.release(now, outcome, out);
@@ -566,7 +590,7 @@ impl Source {
             }
             (State::Resolving | State::Fencing, SourceView::Target { .. }) => self.committed_there(now, out),
             (State::Waiting, SourceView::Target { ran: true }) => self.runs_there(now, out),
-            (State::Serving, SourceView::Target { .. }) if !self.seen.depends_on(&self.offer.source) => {
+            (State::Serving, SourceView::Target { .. }) if !self.is_depended_on() => {
                 self.release(now, Outcome::Moved, out);
             }
             (State::Waiting | State::Serving, _) => self.desk.read_at(again),
@@ -606,6 +630,16 @@ impl Source {
 
     // ---- transitions --------------------------------------------------------------------------------------------
 
+    /// Whether a volume lacks blocks that are here.
+    fn is_depended_on(&self) -> bool {
+        self.offer.disk == DiskMove::OnDemand && self.seen.depends_on(&self.offer.source)
+    }
+
+    /// The same, or nobody can tell because the VM's record is gone.
+    fn may_be_needed(&self) -> bool {
+        self.offer.disk == DiskMove::OnDemand && (self.seen.vm.is_none() || self.is_depended_on())
+    }
+
     fn cas(&mut self, now: Time, cas: Option<Cas>, out: &mut Out) {
         // None only if the record is gone, which `on_seen` has dealt with.
         if let Some(cas) = cas {
@@ -618,15 +652,23 @@ impl Source {
         let volumes_ours = self.seen.volumes.len() == self.offer.spec.volumes.len()
             && self.seen.volumes.iter().all(|(volume, _)| volume.right.holder == self.offer.source);
         let runs = matches!(state, Some(VmState::Running | VmState::Migrating | VmState::NeedsOperator));
+        // The next target would depend on two hosts.
+        let depends_on = self.seen.volumes.iter().find_map(|(volume, _)| volume.depends_on.clone());
         match view {
-            SourceView::Ours { .. } if runs && volumes_ours => {
+            SourceView::Ours { .. } if runs && volumes_ours && depends_on.is_none() => {
                 self.go(now, State::Writing);
                 self.journal(Course::Onward, out);
                 out.push(Action::Enter(Step::Negotiate));
                 self.begin(now, out);
             }
             SourceView::Ours { .. } => {
-                let why = if runs { "a volume of it is not held here" } else { "it does not run" };
+                let why = match depends_on {
+                    _ if !runs => "it does not run".to_owned(),
+                    Some(host) if volumes_ours => {
+                        format!("a volume of it still depends on host {host}: its blocks are being fetched")
+                    }
+                    _ => "a volume of it is not held here".to_owned(),
+                };
                 let text = format!("move vm {}: {why}", self.offer.vm);
                 self.finish(Outcome::Stayed(WireError::new(ErrorKind::Refused, text)), out);
             }
@@ -663,6 +705,9 @@ impl Source {
         self.enter(now, Step::Resume, State::Waiting, out);
         self.said = now;
         out.push(Action::Send(ToTarget::Committed(self.epoch.next())));
+        if self.offer.disk == DiskMove::OnDemand {
+            out.push(Action::Do(SourceWork::Serve));
+        }
         self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
         if self.plant == Some(Plant::ReleaseBeforeRunning) {
             self.release(now, Outcome::Moved, out);
@@ -673,7 +718,13 @@ impl Source {
         self.enter(now, Step::Announce, State::Serving, out);
         match self.offer.disk {
             DiskMove::Copy => self.release(now, Outcome::Moved, out),
-            DiskMove::OnDemand => self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS)),
+            DiskMove::OnDemand if self.plant == Some(Plant::ReleaseBeforePulled) => {
+                self.release(now, Outcome::Moved, out);
+            }
+            DiskMove::OnDemand => {
+                self.enter(now, Step::Pull, State::Serving, out);
+                self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
+            }
         }
     }
 

@@ -50,6 +50,7 @@ impl FailPoint {
             (Side::Source, Step::Commit) => "READY has come; the records are not yet changed",
             (Side::Source, Step::Resume) => "the source knows of the commit; the target has not been told",
             (Side::Source, Step::Announce) => "the source has heard that the guest runs at the target",
+            (Side::Source, Step::Pull) => "the guest runs at the target and reads what it lacks from here",
             (Side::Source, Step::Release) => "the source's copy is about to be given up",
             (Side::Target, Step::Negotiate) => "the offer has come; nothing has been checked",
             (Side::Target, Step::Prepare) => "before QEMU is started",
@@ -62,6 +63,9 @@ impl FailPoint {
             (Side::Target, Step::Commit) => "the record names this host; nothing has followed from it",
             (Side::Target, Step::Resume) => "before the guest is let go",
             (Side::Target, Step::Announce) => "the guest runs; nobody has been told",
+            (Side::Target, Step::Pull) => {
+                "the record says that the guest runs; nothing is fetched ahead of it yet"
+            }
             (Side::Target, Step::Release) => "the record says that the guest runs; the journal still stands",
         }
     }
@@ -91,7 +95,7 @@ mod test {
 
     #[test]
     fn every_side_and_step_has_one_fail_point_and_its_name_reads_back() {
-        assert_eq!(FailPoint::ALL.len(), 24);
+        assert_eq!(FailPoint::ALL.len(), 26);
         for point in FailPoint::ALL {
             assert_eq!(point.to_string().parse::<FailPoint>().unwrap(), point);
             assert_eq!(FailPoint::ALL.iter().filter(|other| **other == point).count(), 1);

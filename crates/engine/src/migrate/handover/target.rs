@@ -29,7 +29,8 @@ pub enum TargetWork {
     Rebuild,
     /// Announce the guest's addresses.
     Announce,
-    /// Fetch what is still at the source only.
+    /// Fetch what is still at the source only. From here on the VM is one of this host's like any other: its end is no
+    /// business of this machine's, and does not end the fetching. `Failed` is followed by another try.
     Pull,
     /// Drop everything of the attempt: QEMU (even if its guest runs: the right is gone), memory, layers. Must not
     /// touch the same VM if it has come back by a later attempt.
@@ -121,7 +122,9 @@ impl Target {
             (Course::HandBack, _) => State::HandingBack,
             (Course::Undo, _) => State::Discarding,
             // A look at the record, then `Resume`, which does nothing to a guest that runs.
-            (Course::Onward, Step::Verify | Step::Commit | Step::Resume | Step::Announce) => State::Ready,
+            (Course::Onward, Step::Verify | Step::Commit | Step::Resume | Step::Announce | Step::Pull) => {
+                State::Ready
+            }
             (Course::Onward, Step::Release) => State::Closing,
             (Course::Onward, _) => State::Discarding,
         };
@@ -158,6 +161,7 @@ impl Target {
             | State::MarkingPulled
             | State::MarkingCrashed
             | State::HandingBack => Some(self.desk.words()),
+            State::Ready if self.step == Step::Pull => Some(self.desk.words()),
             State::Ready if self.called => Some(operator_words(&self.offer)),
             State::Ready => Some(format!("host {source} to commit the move of vm {vm} to {target}")),
             State::Pulling => {
@@ -264,6 +268,7 @@ impl Target {
             State::Reading
                 | State::Ready
                 | State::Marking
+                | State::Pulling
                 | State::MarkingPulled
                 | State::MarkingCrashed
                 | State::HandingBack
@@ -445,7 +450,7 @@ impl Target {
         match (self.state, result) {
             (State::Marking, CasResult::Yes(_)) => self.marked(now, out),
             (State::MarkingPulled, CasResult::Yes(_)) => self.pulled(out),
-            (State::MarkingCrashed, CasResult::Yes(_)) => self.finish(self.why.clone(), out),
+            (State::MarkingCrashed, CasResult::Yes(_)) => self.marked(now, out),
             (State::HandingBack, CasResult::Yes(_)) => self.discard(self.why.clone(), out),
             (State::Receiving | State::Verifying | State::Ready, CasResult::Yes(_)) => {
                 self.called = true;
@@ -493,6 +498,12 @@ impl Target {
                 let outcome = self.over(holder);
                 self.discard(outcome, out);
             }
+            // The volumes were deleted meanwhile.
+            (State::Pulling, TargetView::Mine) if !self.seen.depends_on(&self.offer.source) => {
+                self.pulled(out);
+            }
+            (State::Pulling, TargetView::Mine) => self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS)),
+            (State::Pulling, TargetView::Over(holder)) => self.discard(Outcome::Lost(holder), out),
             (State::Marking | State::MarkingPulled | State::MarkingCrashed, TargetView::Mine) => {
                 self.mark(now, out);
             }
@@ -534,6 +545,9 @@ impl Target {
 
     /// The record names this host: the VM is ours to run.
     fn take(&mut self, now: Time, out: &mut Out) {
+        if self.step == Step::Pull {
+            return self.pull(now, out);
+        }
         // After a restart that may come after `resume`: a later entry is not replaced by an earlier one.
         if self.step < Step::Commit {
             self.journal(Step::Commit, Course::Onward, out);
@@ -586,27 +600,35 @@ impl Target {
         self.cas(now, cas, out);
     }
 
+    /// The record says what has become of the VM here. Even if it is gone, its disk is not: the rest is fetched.
     fn marked(&mut self, now: Time, out: &mut Out) {
         match self.offer.disk {
-            DiskMove::Copy => self.finish_moved(out),
+            DiskMove::Copy => self.finish_here(out),
             DiskMove::OnDemand => {
-                self.state = State::Pulling;
-                self.said = now;
-                out.push(Action::Do(TargetWork::Pull));
+                self.journal(Step::Pull, Course::Onward, out);
+                self.enter(Step::Pull, State::Pulling, out);
+                self.pull(now, out);
             }
         }
     }
 
-    fn pulled(&mut self, out: &mut Out) {
-        out.push(Action::Send(ToSource::Pulled));
-        self.finish_moved(out);
+    fn pull(&mut self, now: Time, out: &mut Out) {
+        self.state = State::Pulling;
+        self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
+        out.push(Action::Do(TargetWork::Pull));
     }
 
-    fn finish_moved(&mut self, out: &mut Out) {
+    fn pulled(&mut self, out: &mut Out) {
+        out.push(Action::Send(ToSource::Pulled));
+        self.finish_here(out);
+    }
+
+    /// Nothing of the attempt is left to do here; usually the VM has moved.
+    fn finish_here(&mut self, out: &mut Out) {
         self.journal(Step::Release, Course::Onward, out);
         self.step = Step::Release;
         out.push(Action::Enter(Step::Release));
-        self.finish(Outcome::Moved, out);
+        self.finish(self.why.clone(), out);
     }
 
     fn hand_back(&mut self, now: Time, error: WireError, out: &mut Out) {

@@ -1,13 +1,16 @@
 //! The two machines against each other, a store and two QEMUs, with the schedule and the faults chosen by proptest.
 //!
 //! The world is as small as it can be: no bytes move. What is checked is who runs the guest: never two, never
-//! one that the record does not name, and, once faults stop, exactly one. The simulator (`crates/sim`) runs the same
+//! one that the record does not name, and, once faults stop, exactly one; and, if the disk follows later, that nobody
+//! gives up blocks that the other side lacks. The simulator (`crates/sim`) runs the same
 //! machines with real timing, memory and disks.
 
 use proptest::prelude::*;
 use whimbrel_wire::api::DiskMove;
-use whimbrel_wire::meta::{Mode, VmRecord, VmSpec, VmState};
-use whimbrel_wire::{AttemptId, Epoch, ErrorKind, HostId, Object, Right, Time, VmId, WireError};
+use whimbrel_wire::meta::{Mode, VmRecord, VmSpec, VmState, VolumeRecord};
+use whimbrel_wire::{
+    AttemptId, DataId, DiskId, Epoch, ErrorKind, HostId, Object, Right, Time, VmId, WireError,
+};
 
 use super::*;
 
@@ -35,6 +38,14 @@ struct World {
     now: Time,
     vm: VmRecord,
     rev: u64,
+    /// Its volume, if its blocks follow later.
+    volume: Option<(VolumeRecord, u64)>,
+    /// The target has a place for blocks that are at the source.
+    missing: bool,
+    /// The source has its layer still, and hands it out.
+    layer_at_source: bool,
+    serves: bool,
+    broken: Option<String>,
     pending: Vec<Pending>,
     /// Changes whose sender has given up waiting; they may still be made.
     late: Vec<Cas>,
@@ -57,16 +68,17 @@ fn host(name: &str) -> HostId {
     name.parse().unwrap()
 }
 
-fn offer() -> Offer {
+fn offer(disk: DiskMove) -> Offer {
+    let volumes = if disk == DiskMove::OnDemand { vec![host("web-disk")] } else { Vec::new() };
     Offer {
         attempt: AttemptId(uuid::Uuid::from_u128(7)),
         vm: host("web-1"),
         source: host("a"),
         target: host("b"),
         epoch: Epoch(4),
-        spec: VmSpec::default(),
+        spec: VmSpec { volumes, ..VmSpec::default() },
         mode: Mode::A,
-        disk: DiskMove::Copy,
+        disk,
         verify: false,
     }
 }
@@ -76,15 +88,26 @@ fn trouble() -> WireError {
 }
 
 impl World {
-    fn new(plant: Option<Plant>) -> Self {
-        let offer = offer();
+    fn new(plant: Option<Plant>, disk: DiskMove) -> Self {
+        let offer = offer(disk);
+        let id = DiskId(uuid::Uuid::nil());
+        let volume = VolumeRecord {
+            name: host("web-disk"),
+            disk_id: id,
+            data_id: DataId(uuid::Uuid::nil()),
+            size_bytes: 1 << 20,
+            image: None,
+            right: Right { object: Object::Layer(id), holder: host("a"), epoch: Epoch(9) },
+            attached_to: Some(offer.vm.clone()),
+            depends_on: None,
+        };
         let right =
             Right { object: Object::Memory(VmId(uuid::Uuid::nil())), holder: host("a"), epoch: Epoch(4) };
         let vm = VmRecord {
             name: offer.vm.clone(),
             right,
             state: VmState::Running,
-            spec: VmSpec::default(),
+            spec: offer.spec.clone(),
             attempt: None,
             came_by: None,
             waiting_for: None,
@@ -94,6 +117,11 @@ impl World {
             now,
             vm,
             rev: 1,
+            volume: (disk == DiskMove::OnDemand).then_some((volume, 1)),
+            missing: false,
+            layer_at_source: true,
+            serves: false,
+            broken: None,
             pending: Vec::new(),
             late: Vec::new(),
             source: Some(Source::new(offer, now).with_plant(plant)),
@@ -117,7 +145,7 @@ impl World {
         if self.at_source == Guest::Runs && self.at_target == Guest::Runs {
             return Err("the guest runs twice".to_owned());
         }
-        Ok(())
+        self.broken.clone().map_or(Ok(()), Err)
     }
 
     fn source(&mut self, event: SourceEvent) {
@@ -185,12 +213,20 @@ impl World {
         self.target(Event::Tick);
     }
 
+    fn seen(&self) -> Seen {
+        Seen { vm: Some((self.vm.clone(), self.rev)), volumes: self.volume.clone().into_iter().collect() }
+    }
+
     fn apply(&mut self, cas: &Cas) -> CasResult {
-        if cas.vm.1 != self.rev {
+        let volume_rev = self.volume.as_ref().map(|(_, rev)| *rev);
+        if cas.vm.1 != self.rev || cas.volumes.iter().any(|(_, rev)| Some(*rev) != volume_rev) {
             return CasResult::Conflict;
         }
         self.vm = cas.vm.0.clone();
         self.rev += 1;
+        if let Some((volume, _)) = cas.volumes.first() {
+            self.volume = Some((volume.clone(), self.rev));
+        }
         CasResult::Yes(self.rev)
     }
 
@@ -207,7 +243,7 @@ impl World {
             if luck % 8 == 7 {
                 return self.reply(side, Event::ReadFailed(id, trouble()), Event::ReadFailed(id, trouble()));
             }
-            let seen = Box::new(Seen { vm: Some((self.vm.clone(), self.rev)), volumes: Vec::new() });
+            let seen = Box::new(self.seen());
             return self.reply(side, Event::Records(id, seen.clone()), Event::Records(id, seen));
         };
         let result = match luck % 8 {
@@ -228,12 +264,27 @@ impl World {
         let fails = luck % 16 == 15;
         match work {
             SourceWork::Pause if self.at_source == Guest::Runs => self.at_source = Guest::Stopped,
-            SourceWork::ResumeHere if self.at_source == Guest::Stopped => self.at_source = Guest::Runs,
+            SourceWork::ResumeHere if self.at_source == Guest::Stopped => {
+                (self.at_source, self.serves) = (Guest::Runs, false);
+            }
             SourceWork::ResumeHere if self.at_source != Guest::Runs => {
                 return self.source(Event::Failed { work, error: trouble(), may_have_run: false });
             }
-            SourceWork::Release => self.at_source = Guest::Dead,
+            SourceWork::Release => {
+                self.at_source = Guest::Dead;
+                (self.layer_at_source, self.serves) = (false, false);
+                if self.missing && self.vm.right.holder == host("b") {
+                    self.broken = Some("the source gave up blocks that the target lacks".to_owned());
+                }
+            }
             SourceWork::ResumeHere => {}
+            SourceWork::Serve if !fails => {
+                self.serves = true;
+                let before = self.vm.right.holder == host("a") && self.vm.right.epoch == Epoch(4);
+                if before || self.at_source == Guest::Runs {
+                    self.broken = Some("the source hands out what it may still write".to_owned());
+                }
+            }
             _ if fails => return self.source(Event::Failed { work, error: trouble(), may_have_run: false }),
             _ => {}
         }
@@ -244,7 +295,14 @@ impl World {
         let mut fails = luck % 16 == 15 && !matches!(work, TargetWork::Discard);
         let mut may_have_run = false;
         match work {
-            TargetWork::Prepare if !fails => self.at_target = Guest::Stopped,
+            TargetWork::Prepare if !fails => {
+                self.at_target = Guest::Stopped;
+                self.missing = self.volume.is_some();
+            }
+            TargetWork::Pull if !fails => {
+                fails = self.missing && !self.serves;
+                self.missing &= fails;
+            }
             TargetWork::Verify if !fails => {
                 fails = self.at_target != Guest::Stopped;
                 self.target_ready = !fails;
@@ -264,7 +322,7 @@ impl World {
             },
             TargetWork::Discard => {
                 self.at_target = Guest::Dead;
-                self.target_ready = false;
+                (self.target_ready, self.missing) = (false, false);
             }
             _ => {}
         }
@@ -334,7 +392,7 @@ impl World {
             _ => true,
         });
         match side {
-            Side::Source => self.source = None,
+            Side::Source => (self.source, self.serves) = (None, false),
             Side::Target => self.target = None,
         }
         for (source, target) in works.into_iter().filter(|_| luck.is_multiple_of(2)) {
@@ -405,6 +463,10 @@ impl World {
     }
 
     fn end_state(&self) -> Result<(), String> {
+        let depends = self.volume.as_ref().is_some_and(|(volume, _)| volume.depends_on.is_some());
+        if depends || self.missing && self.vm.right.holder == host("b") {
+            return Err(format!("blocks are missing: {}, the record says: {:?}", self.missing, self.volume));
+        }
         let holder = self.vm.right.holder.as_str();
         let want = match (holder, self.vm.state) {
             ("a", VmState::Running) => (Guest::Runs, false),
@@ -432,8 +494,8 @@ impl World {
     }
 }
 
-fn run(script: &[(u8, u8, u8)], plant: Option<Plant>) -> Result<World, String> {
-    let mut world = World::new(plant);
+fn run(script: &[(u8, u8, u8)], plant: Option<Plant>, disk: DiskMove) -> Result<World, String> {
+    let mut world = World::new(plant, disk);
     for (kind, which, luck) in script {
         if *kind < 16 {
             world.fault(*which, *luck);
@@ -454,14 +516,93 @@ proptest! {
 
     #[test]
     fn whatever_happens_the_guest_runs_once(script in prop::collection::vec(any::<(u8, u8, u8)>(), 0..600)) {
-        let end = run(&script, None);
+        let end = run(&script, None, DiskMove::Copy);
+        prop_assert!(end.is_ok(), "{}", end.err().unwrap_or_default());
+    }
+
+    #[test]
+    fn whatever_happens_blocks_that_follow_are_not_lost(
+        script in prop::collection::vec(any::<(u8, u8, u8)>(), 0..600)
+    ) {
+        let end = run(&script, None, DiskMove::OnDemand);
         prop_assert!(end.is_ok(), "{}", end.err().unwrap_or_default());
     }
 }
 
 #[test]
+fn without_faults_the_blocks_follow() {
+    let world = run(&[], None, DiskMove::OnDemand).unwrap();
+    assert_eq!((world.at_target, world.at_source), (Guest::Runs, Guest::Dead));
+    assert!(!world.missing && !world.layer_at_source);
+    let (volume, _) = world.volume.unwrap();
+    assert_eq!((volume.right.holder, volume.right.epoch, volume.depends_on), (host("b"), Epoch(10), None));
+    assert_eq!(world.source_outcome, Some(Outcome::Moved));
+}
+
+/// Goes on until the blocks are about to follow.
+fn following() -> World {
+    let mut world = World::new(None, DiskMove::OnDemand);
+    world.faults = false;
+    while world.target.as_ref().is_none_or(|target| target.step_now() != Step::Pull) || !world.serves {
+        world.pending.retain(|pending| !matches!(pending, Pending::TargetWork(TargetWork::Pull)));
+        if world.pending.is_empty() {
+            world.now = world.now.plus_ms(100);
+            world.tick();
+        } else {
+            world.happen(0, 0);
+        }
+    }
+    world
+}
+
+#[test]
+fn a_guest_that_ends_while_blocks_follow_does_not_end_the_fetching() {
+    let mut world = following();
+    assert!(world.target.as_ref().unwrap().waiting_for().unwrap().contains("depends on a"));
+    // Its QEMU is gone, and with it the agent; the next one has only the journal.
+    world.at_target = Guest::Dead;
+    world.vm.state = VmState::Stopped;
+    world.rev += 1;
+    world.crash(Side::Target, 1);
+    world.calm().unwrap_err();
+    assert!(!world.missing && world.source.is_none() && world.target.is_none());
+    assert_eq!(world.vm.state, VmState::Stopped, "how it ended is not this move's business");
+    assert_eq!(world.volume.unwrap().0.depends_on, None);
+}
+
+#[test]
+fn a_vm_whose_blocks_follow_is_not_moved_on() {
+    let world = following();
+    let mut vm = world.vm.clone();
+    vm.state = VmState::Running;
+    let on =
+        Offer { source: host("b"), target: host("c"), epoch: vm.right.epoch, ..offer(DiskMove::OnDemand) };
+    let mut source = Source::new(on, world.now);
+    let mut out = Vec::new();
+    source.step(world.now, Event::Tick, &mut out);
+    let Some(Action::Read(id)) = out.pop() else { panic!("{out:?}") };
+    source.step(world.now, Event::Records(id, Box::new(world.seen())), &mut out);
+    let Some(Outcome::Stayed(error)) = source.outcome() else { panic!("{:?}", source.outcome()) };
+    assert!(error.message.contains("depends on host a"), "{error}");
+}
+
+#[test]
+fn the_operator_takes_the_vm_back_where_its_blocks_are() {
+    let mut world = following();
+    let cas = recover(&world.seen(), &host("a")).unwrap();
+    assert_eq!(cas.volumes.first().unwrap().0.depends_on, None);
+    world.crash(Side::Target, 1);
+    world.target_journal = None;
+    (world.at_target, world.missing) = (Guest::Dead, false);
+    assert!(matches!(world.apply(&cas), CasResult::Yes(_)));
+    world.calm().unwrap();
+    assert_eq!(world.at_source, Guest::Runs);
+    assert!(world.layer_at_source && !world.serves);
+}
+
+#[test]
 fn without_faults_the_vm_moves() {
-    let world = run(&[], None).unwrap();
+    let world = run(&[], None, DiskMove::Copy).unwrap();
     assert_eq!(world.at_target, Guest::Runs);
     assert_eq!(world.at_source, Guest::Dead);
     assert_eq!(world.vm.right.holder, host("b"));
@@ -473,7 +614,7 @@ fn without_faults_the_vm_moves() {
 fn a_lost_target_lets_the_source_resume_within_five_seconds() {
     // Lose the target after every number of events up to the commit.
     for events in 0..200 {
-        let mut world = World::new(None);
+        let mut world = World::new(None, DiskMove::Copy);
         world.faults = false;
         for _ in 0..events {
             if world.pending.is_empty() {
@@ -513,7 +654,7 @@ fn a_lost_target_lets_the_source_resume_within_five_seconds() {
 
 #[test]
 fn the_guest_is_not_paused_while_the_store_is_silent() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     let mut silent = false;
     for _ in 0..2_000 {
@@ -535,7 +676,7 @@ fn the_guest_is_not_paused_while_the_store_is_silent() {
 
 #[test]
 fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     while !world.target_ready {
         if world.pending.is_empty() {
@@ -563,8 +704,7 @@ fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
     let words = world.vm.waiting_for.clone().unwrap();
     assert!(words.contains("vm recover web-1 --on b"), "{words}");
     assert_eq!(world.vm.right.holder, host("a"));
-    let seen = Seen { vm: Some((world.vm.clone(), world.rev)), volumes: Vec::new() };
-    let cas = recover(&seen, &host("b")).unwrap();
+    let cas = recover(&world.seen(), &host("b")).unwrap();
     assert!(matches!(world.apply(&cas), CasResult::Yes(_)));
     for _ in 0..200 {
         calm(&mut world);
@@ -577,14 +717,19 @@ fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
 #[test]
 fn planted_mistakes_are_found() {
     // The last round moves bytes, which this world does not have: the simulator finds that one.
-    for plant in [Plant::CommitBeforeReady, Plant::ResumeWithoutReadBack, Plant::ReleaseBeforeRunning] {
+    for (plant, disk) in [
+        (Plant::CommitBeforeReady, DiskMove::Copy),
+        (Plant::ResumeWithoutReadBack, DiskMove::Copy),
+        (Plant::ReleaseBeforeRunning, DiskMove::Copy),
+        (Plant::ReleaseBeforePulled, DiskMove::OnDemand),
+    ] {
         let mut runner = proptest::test_runner::TestRunner::new_with_rng(
             ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() },
             proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
         );
         let scripts = prop::collection::vec(any::<(u8, u8, u8)>(), 0..400);
         let found = runner.run(&scripts, |script| {
-            prop_assert!(run(&script, Some(plant)).is_ok());
+            prop_assert!(run(&script, Some(plant), disk).is_ok());
             Ok(())
         });
         assert!(found.is_err(), "{plant:?} was not found");

@@ -1,7 +1,7 @@
 //! Layers on their way: shipped while written, received, pulled.
 
 use super::*;
-use crate::disk::{LayerReceiver, Pull, RemoteLayer, ShipSeal, check};
+use crate::disk::{FetchRange, LayerReceiver, Pull, RemoteLayer, ShipSeal, Urgency, check};
 use whimbrel_wire::record::layer::ShipPosition;
 
 const SIZE: u64 = 2048 * BLOCK;
@@ -171,15 +171,25 @@ struct Remote {
     layer: Arc<Layer>,
     answers: AtomicBool,
     fetched: AtomicU64,
+    /// Readers' tries that had no answer.
+    refused: AtomicU64,
 }
 
 impl RemoteLayer for Remote {
-    fn fetch(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+    fn fetch(&self, ranges: &[FetchRange], into: &mut [u8], urgency: Urgency) -> Result<()> {
         if !self.answers.load(Ordering::Relaxed) {
+            self.refused.fetch_add(u64::from(urgency == Urgency::Demand), Ordering::Relaxed);
             return Err(Error::new(ErrorKind::Unavailable, "fetch from source: no answer"));
         }
         self.fetched.fetch_add(into.len() as u64, Ordering::Relaxed);
-        self.layer.read(offset, &mut [IoSliceMut::new(into)])
+        let mut rest = into;
+        for range in ranges {
+            let (part, after) = rest.split_at_mut(range.length as usize);
+            self.layer.read(range.offset, &mut [IoSliceMut::new(part)])?;
+            rest = after;
+        }
+        assert!(rest.is_empty(), "ranges and buffer are of one length");
+        Ok(())
     }
 }
 
@@ -202,6 +212,7 @@ fn a_layer_is_used_while_it_is_pulled_and_needs_the_source_no_more_afterwards() 
         layer: Arc::clone(&source),
         answers: AtomicBool::new(true),
         fetched: AtomicU64::new(0),
+        refused: AtomicU64::new(0),
     });
     let target = dir.path().join("target");
     Pull::create(&target, &source.spec(), &source.pull_map()).unwrap();
@@ -248,4 +259,142 @@ fn a_layer_is_used_while_it_is_pulled_and_needs_the_source_no_more_afterwards() 
     assert!(check(&target).unwrap().problems.is_empty());
     assert!(read_all(&*Layer::open(&target, Some(image()), Epoch(2), true).unwrap()) == oracle);
     assert!(!target.join("pull.map").exists());
+}
+
+/// A source with every other block written, and a pull from it.
+fn scattered() -> (TempDir, Arc<Remote>, Arc<Pull>, Vec<u8>) {
+    let (dir, layer, target) = two();
+    for block in (0..SIZE / BLOCK).step_by(2) {
+        write(&*layer, block * BLOCK, &[block as u8 | 1; BLOCK as usize]).unwrap();
+    }
+    layer.ship_end().unwrap();
+    layer.fence(Epoch(2)).unwrap();
+    let oracle = read_all(&*layer);
+    Pull::create(&target, &layer.spec(), &layer.pull_map()).unwrap();
+    let remote = Arc::new(Remote {
+        layer,
+        answers: AtomicBool::new(false),
+        fetched: AtomicU64::new(0),
+        refused: AtomicU64::new(0),
+    });
+    let pull = Arc::new(Pull::open(&target, None, remote.clone(), Epoch(2)).unwrap());
+    (dir, remote, pull, oracle)
+}
+
+fn read_at(layer: &Layer, offset: u64) -> Result<Vec<u8>> {
+    let mut into = vec![0; BLOCK as usize];
+    layer.read(offset, &mut [IoSliceMut::new(&mut into)]).map(|()| into)
+}
+
+#[test]
+fn a_reader_waits_for_a_silent_source_and_goes_on_afterwards() {
+    let (_dir, remote, pull, oracle) = scattered();
+    let at = 100 * BLOCK;
+    let reader = std::thread::spawn({
+        let layer = Arc::clone(pull.layer());
+        move || read_at(&layer, at)
+    });
+    while remote.refused.load(Ordering::Relaxed) < 2 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(!reader.is_finished());
+    // What is here is written, read and flushed meanwhile.
+    write(&**pull.layer(), 0, &[7; BLOCK as usize]).unwrap();
+    pull.layer().flush().unwrap();
+    assert_eq!(read_at(pull.layer(), 0).unwrap(), [7; BLOCK as usize]);
+    remote.answers.store(true, Ordering::Relaxed);
+    assert!(reader.join().unwrap().unwrap() == oracle[at as usize..(at + BLOCK) as usize]);
+}
+
+#[test]
+fn a_reader_whose_block_comes_by_other_ways_does_not_ask_for_it_any_more() {
+    let (_dir, remote, pull, _oracle) = scattered();
+    let at = 100 * BLOCK;
+    let reader = std::thread::spawn({
+        let layer = Arc::clone(pull.layer());
+        move || read_at(&layer, at)
+    });
+    while remote.refused.load(Ordering::Relaxed) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    // The source never answers: the block is written here.
+    write(&**pull.layer(), at, &[9; BLOCK as usize]).unwrap();
+    assert_eq!(reader.join().unwrap().unwrap(), [9; BLOCK as usize]);
+}
+
+#[test]
+fn readers_that_nobody_waits_for_end() {
+    let (_dir, remote, pull, oracle) = scattered();
+    let reader = std::thread::spawn({
+        let layer = Arc::clone(pull.layer());
+        move || read_at(&layer, 0)
+    });
+    while remote.refused.load(Ordering::Relaxed) == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    pull.stop_waiting();
+    assert_eq!(reader.join().unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(read_at(pull.layer(), 0).unwrap_err().kind(), ErrorKind::Unavailable);
+    pull.wait_again();
+    remote.answers.store(true, Ordering::Relaxed);
+    while !pull.step(1 << 20).unwrap().done {}
+    remote.answers.store(false, Ordering::Relaxed);
+    assert!(read_all(&**pull.layer()) == oracle);
+}
+
+#[test]
+fn scattered_blocks_are_fetched_many_at_a_time() {
+    struct Counting(Arc<Remote>, AtomicU64);
+    impl RemoteLayer for Counting {
+        fn fetch(&self, ranges: &[FetchRange], into: &mut [u8], urgency: Urgency) -> Result<()> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.fetch(ranges, into, urgency)
+        }
+    }
+    let (dir, remote, pull, oracle) = scattered();
+    drop(pull);
+    remote.answers.store(true, Ordering::Relaxed);
+    let counting = Arc::new(Counting(remote, AtomicU64::new(0)));
+    let pull = Pull::open(&dir.path().join("target"), None, counting.clone(), Epoch(2)).unwrap();
+    let before = pull.progress();
+    assert_eq!((before.total_bytes, before.left_bytes), (SIZE / 2, SIZE / 2));
+    while !pull.step(u64::MAX).unwrap().done {}
+    assert_eq!(counting.1.load(Ordering::Relaxed), 1, "1,024 blocks fit in one fetch");
+    assert!(read_all(&**pull.layer()) == oracle);
+}
+
+#[test]
+fn a_reader_that_looked_before_the_last_block_came_is_not_given_the_image() {
+    // A source that, asked by a reader, lets the pull finish first: the reader's look is older than the end.
+    struct Racing(Arc<Remote>, Mutex<Option<std::sync::mpsc::Sender<()>>>, AtomicBool);
+    impl RemoteLayer for Racing {
+        fn fetch(&self, ranges: &[FetchRange], into: &mut [u8], urgency: Urgency) -> Result<()> {
+            if urgency == Urgency::Ahead {
+                return self.0.fetch(ranges, into, urgency);
+            }
+            if let Some(asked) = self.1.lock().take() {
+                asked.send(()).unwrap();
+            }
+            while !self.2.load(Ordering::Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            Err(Error::new(ErrorKind::NotFound, "fetch from source: it has forgotten the layer"))
+        }
+    }
+    let (dir, remote, pull, oracle) = scattered();
+    drop(pull);
+    remote.answers.store(true, Ordering::Relaxed);
+    let (asked, was_asked) = std::sync::mpsc::channel();
+    let racing = Arc::new(Racing(remote, Mutex::new(Some(asked)), AtomicBool::new(false)));
+    let image = RamDisk::new(half_full(SIZE as usize)) as Arc<dyn BlockRead>;
+    let pull = Pull::open(&dir.path().join("target"), Some(image), racing.clone(), Epoch(2)).unwrap();
+    let at = 100 * BLOCK;
+    let reader = std::thread::spawn({
+        let layer = Arc::clone(pull.layer());
+        move || read_at(&layer, at)
+    });
+    was_asked.recv().unwrap();
+    while !pull.step(u64::MAX).unwrap().done {}
+    racing.2.store(true, Ordering::Relaxed);
+    assert!(reader.join().unwrap().unwrap() == oracle[at as usize..(at + BLOCK) as usize]);
 }

@@ -3,9 +3,9 @@
 use whimbrel_engine::migrate::handover;
 use whimbrel_host::records::{self, Versioned};
 use whimbrel_host::{Context as _, Error, ErrorKind, Result};
-use whimbrel_wire::Name;
 use whimbrel_wire::api::{TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop};
 use whimbrel_wire::meta::{VmRecord, VmState, VolumeRecord, key};
+use whimbrel_wire::{HostId, Name};
 
 use super::Node;
 use crate::agent::forward;
@@ -48,7 +48,8 @@ impl Node {
     pub async fn vm_stop(&self, name: &Name, request: VmStop) -> Result<Vm> {
         let record = self.vm_record(name).await?.value;
         let holder = record.right.holder;
-        if holder != self.host && self.vms.here(name).is_none() {
+        // What is kept here of a VM that has moved away is not the VM.
+        if holder != self.host && (self.vms.here(name).is_none() || self.migrations.has_part_in(name)) {
             return forward::post(self, &holder, format!("/v1/vms/{name}/stop"), &request).await;
         }
         self.vms.stop(name, request.force).await?;
@@ -80,6 +81,7 @@ impl Node {
             )
             .hint("make sure that host is off or cut off from network and storage, then add --fenced"));
         }
+        self.blocks_must_be_there(&record, &request.on).await.with_context(action)?;
         // A host that has part in an unfinished move has everything of the VM; others need its disks.
         let in_move = self.migrations.has_part_in(name);
         if !in_move {
@@ -94,6 +96,25 @@ impl Node {
             self.vms.start_recovered(&cas.vm.0).await.with_context(action)?;
         }
         self.vm_show(name).await
+    }
+
+    /// A volume that lacks blocks can only be used where those are.
+    async fn blocks_must_be_there(&self, record: &VmRecord, on: &HostId) -> Result<()> {
+        for name in &record.spec.volumes {
+            let what = format!("volume {name}");
+            let volume = records::must::<VolumeRecord>(&*self.meta, &key::volume(name), &what).await?.value;
+            if let Some(host) = volume.depends_on.filter(|host| host != on) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!("start from {what}: some of its blocks are at host {host} only"),
+                )
+                .hint(format!(
+                    "bring host {} back, or recover the VM on host {host}: there it is as it was when it moved away",
+                    record.right.holder
+                )));
+            }
+        }
+        Ok(())
     }
 
     async fn disks_must_be_here(&self, record: &VmRecord) -> Result<()> {

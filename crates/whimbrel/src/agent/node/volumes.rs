@@ -126,6 +126,7 @@ impl Node {
             holder: record.right.holder,
             epoch: record.right.epoch.0,
             attached_to: record.attached_to,
+            depends_on: record.depends_on,
         }
     }
 }
