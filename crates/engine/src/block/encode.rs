@@ -10,9 +10,13 @@
 //!                                                                            yes → Compress(level)
 //! ```
 //!
+//! "Raw" is what costs next to nothing: the bytes as they are, or (memory) without their frequent words. Its own ratio
+//! is observed like that of a level.
+//!
 //! Tests A and B look at the whole pipeline: encoding workers and the link run side by side, so a choice moves
 //! `min(compress rate × spare processors, link rate / ratio)` raw bytes per second, and sending raw
-//! `min(gather rate × processors, link rate)`. The best rate wins; among near-equals the one with the fewest bytes.
+//! `min(gather rate × processors, link rate / ratio)`. The best rate counts; of those that give up at most a quarter
+//! of it the one with the fewest bytes wins: what a move does not put on a wire others have.
 //! They are re-read once per window and change only after two windows agree, so that one late sample does not
 //! flip the default. Test C is made for every block.
 //!
@@ -31,8 +35,8 @@ pub const RATIO_MAX: f64 = 0.95;
 const PRIOR: [(f64, f64); LEVELS.len()] = [(1.0e9, 0.48), (8.0e8, 0.39), (7.0e8, 0.36), (4.2e8, 0.355)];
 /// Raw bytes per second that one processor gathers and checks, before anything was measured.
 const PRIOR_GATHER_BYTES_S: f64 = 3.0e9;
-/// Choices within this factor of the best rate count as equal.
-const NEAR: f64 = 0.95;
+/// Choices within this factor of the best rate compete by their bytes.
+const NEAR: f64 = 0.75;
 /// What is left of older observations after each window.
 const KEEP: f64 = 0.7;
 
@@ -105,6 +109,7 @@ pub struct Chooser {
     link_bytes_s: Quotient,
     spare_cores: Quotient,
     gather_bytes_s: Quotient,
+    plain_ratio: Quotient,
     rate: [Quotient; LEVELS.len()],
     ratio: [Quotient; LEVELS.len()],
     choice: Choice,
@@ -123,6 +128,7 @@ impl Chooser {
             link_bytes_s: Quotient::default(),
             spare_cores: Quotient::default(),
             gather_bytes_s: Quotient::default(),
+            plain_ratio: Quotient::default(),
             rate: Default::default(),
             ratio: Default::default(),
             choice,
@@ -145,7 +151,12 @@ impl Chooser {
         self.gather_bytes_s.add(raw_bytes as f64, cpu_s);
     }
 
-    /// Compressing `raw_bytes` to `wire_bytes` with `level` took `cpu_s` seconds of one processor.
+    /// Uncompressed, `raw_bytes` are `plain_bytes`.
+    pub fn observe_plain(&mut self, raw_bytes: u64, plain_bytes: u64) {
+        self.plain_ratio.add(plain_bytes as f64, raw_bytes as f64);
+    }
+
+    /// Compressing `raw_bytes` to `wire_bytes` with `level`, those included that test C spared, took `cpu_s` seconds of one processor.
     pub fn observe_compress(&mut self, level: i32, raw_bytes: u64, wire_bytes: u64, cpu_s: f64) {
         let index = LEVELS.iter().position(|known| *known == level);
         let Some(index) = index else { return };
@@ -162,7 +173,8 @@ impl Chooser {
             self.choice = wanted;
         }
         self.wanted = wanted;
-        let single = [&mut self.link_bytes_s, &mut self.spare_cores, &mut self.gather_bytes_s];
+        let single =
+            [&mut self.link_bytes_s, &mut self.spare_cores, &mut self.gather_bytes_s, &mut self.plain_ratio];
         for quotient in single.into_iter().chain(&mut self.rate).chain(&mut self.ratio) {
             quotient.age();
         }
@@ -196,9 +208,13 @@ impl Chooser {
     /// Wire bytes per raw byte that the default is expected to give.
     pub fn expected_ratio(&self) -> f64 {
         match self.choice {
-            Choice::Raw(_) => 1.0,
+            Choice::Raw(_) => self.plain_ratio(),
             Choice::Level(index) => self.expect(index).1.min(1.0),
         }
+    }
+
+    fn plain_ratio(&self) -> f64 {
+        self.plain_ratio.get().unwrap_or(1.0).clamp(0.001, 1.0)
     }
 
     fn usable_cores(&self) -> f64 {
@@ -228,16 +244,17 @@ impl Chooser {
             return Choice::Raw(Reason::Vetoed);
         }
         let gather = self.gather_bytes_s.get().unwrap_or(PRIOR_GATHER_BYTES_S);
-        let raw_rate = (gather * cores).min(link);
+        let plain = self.plain_ratio();
+        let raw_rate = (gather * cores).min(link / plain);
         let options: Vec<(Choice, f64, f64)> = (0..LEVELS.len())
             .map(|index| {
                 let (rate, ratio) = self.expect(index);
-                let ratio = ratio.clamp(0.001, 1.0);
+                let ratio = ratio.clamp(0.001, plain);
                 // Gathering comes on top of compressing.
                 let encode = cores / (1.0 / rate + 1.0 / gather);
                 (Choice::Level(index), encode.min(link / ratio), ratio)
             })
-            .chain([(Choice::Raw(Reason::LinkIsFaster), raw_rate, 1.0)])
+            .chain([(Choice::Raw(Reason::LinkIsFaster), raw_rate, plain)])
             .collect();
         let fastest = options.iter().map(|(_, rate, _)| *rate).fold(0.0, f64::max);
         options

@@ -16,7 +16,8 @@
 //! withheld when all of them fit the pause anyway.
 //!
 //! Invariants
-//! * At most [`Policy::rounds_max`] rounds, whatever the guest does.
+//! * At most [`Policy::rounds_max`] rounds, whatever the guest does. A copy is given up only after rounds *and* time
+//!   without progress: a guest's busy seconds, or those of a host, pass.
 //! * `dirty_pages` counts every page that the target does not have in its newest version, withheld ones too.
 //! * Time is an argument: durations are measured by the caller.
 //!
@@ -34,7 +35,7 @@ const POLISH_ROUNDS_MAX: u32 = 3;
 const POLISH_FLOOR_MS: f64 = 4.0;
 /// A round counts as progress if it cut the best estimate so far to this share.
 const PROGRESS: f64 = 0.9;
-/// So many rounds without progress mean that nothing will get better.
+/// Only after so many rounds without progress, and [`Policy::patience_ms`], is it said that nothing gets better.
 const PATIENCE_ROUNDS: u32 = 5;
 /// Rounds with fewer data pages say nothing about the time per page.
 const TELLING_PAGES: u64 = 128;
@@ -52,6 +53,8 @@ pub struct Policy {
     pub fixed_ms: u64,
     /// The most rounds, the first one included.
     pub rounds_max: u32,
+    /// How long rounds may bring no progress before the copy is given up, milliseconds.
+    pub patience_ms: u64,
     /// What to do with a guest that writes faster than it can be copied.
     pub when_stuck: WhenStuck,
 }
@@ -59,7 +62,8 @@ pub struct Policy {
 impl Policy {
     /// The usual policy for a limit.
     pub fn new(downtime_limit_ms: u64) -> Self {
-        Self { downtime_limit_ms, fixed_ms: 30, rounds_max: 40, when_stuck: WhenStuck::Fail }
+        let (fixed_ms, rounds_max, patience_ms) = (30, 2000, 30_000);
+        Self { downtime_limit_ms, fixed_ms, rounds_max, patience_ms, when_stuck: WhenStuck::Fail }
     }
 }
 
@@ -151,6 +155,7 @@ pub struct Precopy {
     dirty_pages: u64,
     best_ms: f64,
     rounds_without_progress: u32,
+    us_without_progress: u64,
     polish_rounds: u32,
 }
 
@@ -165,6 +170,7 @@ impl Precopy {
             dirty_pages: 0,
             best_ms: f64::INFINITY,
             rounds_without_progress: 0,
+            us_without_progress: 0,
             polish_rounds: 0,
         }
     }
@@ -181,12 +187,16 @@ impl Precopy {
             self.polish_rounds += 1;
         }
         if estimate_ms < self.best_ms * PROGRESS {
-            self.rounds_without_progress = 0;
+            (self.rounds_without_progress, self.us_without_progress) = (0, 0);
+            // Many small steps count as one when they add up, so what they are measured against stays.
+            self.best_ms = estimate_ms;
         } else {
             self.rounds_without_progress += 1;
+            self.us_without_progress = self.us_without_progress.saturating_add(round.duration_us);
         }
-        self.best_ms = self.best_ms.min(estimate_ms);
-        if self.rounds >= self.policy.rounds_max || self.rounds_without_progress >= PATIENCE_ROUNDS {
+        let patient = self.rounds_without_progress < PATIENCE_ROUNDS
+            || self.us_without_progress < self.policy.patience_ms.saturating_mul(1000);
+        if self.rounds >= self.policy.rounds_max || !patient {
             return self.stuck(estimate_ms);
         }
         Decision::Continue { withhold_hot: self.hot_fits(round) }

@@ -1,7 +1,7 @@
 //! From a set of pages to frames: the plan of a round, and the worker that encodes one group after another.
 //!
 //! ```text
-//!  PageBitmap ──► Plan ──group of ≤ 64 pages──► Worker: pread → zero scan → compress? → frame
+//!  PageBitmap ──► Plan ──group of ≤ 64 pages──► Worker: pread → zero scan → words → zstd? → frame
 //!                  └──holes (never read)──► zero frames
 //! ```
 //!
@@ -18,10 +18,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
-use whimbrel_engine::block::encode::{Chooser, RATIO_MAX, Verdict};
+use whimbrel_engine::block::encode::{Choice, Chooser, LEVELS, RATIO_MAX, Verdict};
 use whimbrel_wire::peer::memory::{self as wire, Encoding, RoundCounts, Run};
 
-use crate::codec::{Compressor, is_zero};
+use crate::codec::{Compressor, is_zero, words};
 use crate::error::Result;
 use crate::memory::bitmap::{PAGE_BYTES, PageBitmap};
 use crate::memory::ram::RamFile;
@@ -153,6 +153,8 @@ pub struct Worker {
     data_len: usize,
     data_runs: Vec<Run>,
     data_block: u16,
+    /// The same without their frequent words.
+    worded: Vec<u8>,
     packed: Vec<u8>,
     zero_runs: Vec<Run>,
     zero_block: u16,
@@ -176,6 +178,7 @@ impl Worker {
             data_len: 0,
             data_runs: Vec::new(),
             data_block: 0,
+            worded: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
             packed: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
             zero_runs: Vec::new(),
             zero_block: 0,
@@ -290,29 +293,45 @@ impl Worker {
             return Ok(());
         }
         let start_s = thread_cpu_s();
-        let verdict = decide(&self.chooser, &mut self.compressor, self.last_ratio, raw)?;
-        let mut packed_len = None;
-        if let Verdict::Compress { level } = verdict {
-            let limit = (raw.len() as f64 * RATIO_MAX) as usize;
-            let room = self.packed.get_mut(..limit).unwrap_or(&mut []);
-            packed_len = self.compressor.compress(level, raw, room)?;
-            let wire_len = packed_len.unwrap_or(raw.len());
-            self.last_ratio = wire_len as f64 / raw.len() as f64;
-            let cpu_s = thread_cpu_s() - start_s;
-            self.work.cpu_s += cpu_s;
-            self.chooser.lock().observe_compress(level, raw.len() as u64, wire_len as u64, cpu_s);
-        }
-        let framing_s = thread_cpu_s();
-        let (encoding, payload) = match packed_len.and_then(|len| self.packed.get(..len)) {
-            Some(packed) => (Encoding::Zstd, packed),
+        let limit = |bytes: usize| (bytes as f64 * RATIO_MAX) as usize;
+        let room = self.worded.get_mut(..limit(raw.len())).unwrap_or(&mut []);
+        let worded_len = words::pack(raw, room);
+        let (mut encoding, mut payload) = match worded_len.and_then(|len| self.worded.get(..len)) {
+            Some(worded) => (Encoding::Words, worded),
             None => (Encoding::Raw, raw),
         };
-        if encoding == Encoding::Zstd {
-            self.work.packed_raw_bytes += raw.len() as u64;
-            self.work.packed_wire_bytes += payload.len() as u64;
+        let plain_bytes = payload.len() as u64;
+        let packing_s = thread_cpu_s();
+        self.gather_cpu_s += packing_s - start_s;
+        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload)?;
+        if let Verdict::Compress { level } = verdict {
+            let room = self.packed.get_mut(..limit(payload.len())).unwrap_or(&mut []);
+            let packed_len = self.compressor.compress(level, payload, room)?;
+            self.last_ratio = packed_len.map_or(1.0, |len| len as f64 / payload.len() as f64);
+            if let Some(packed) = packed_len.and_then(|len| self.packed.get(..len)) {
+                let words = encoding == Encoding::Words;
+                (encoding, payload) = (if words { Encoding::WordsZstd } else { Encoding::Zstd }, packed);
+            }
+        }
+        let framing_s = thread_cpu_s();
+        let (raw_bytes, wire_bytes) = (raw.len() as u64, payload.len() as u64);
+        {
+            let mut chooser = self.chooser.lock();
+            chooser.observe_plain(raw_bytes, plain_bytes);
+            // Blocks that test C spares are part of what a level costs and gives.
+            if let Choice::Level(index) = chooser.choice()
+                && let Some(level) = LEVELS.get(index)
+            {
+                chooser.observe_compress(*level, raw_bytes, wire_bytes, framing_s - packing_s);
+            }
+        }
+        if encoding != Encoding::Raw {
+            self.work.packed_raw_bytes += raw_bytes;
+            self.work.packed_wire_bytes += wire_bytes;
         }
         wire::put_pages(out, self.round, self.data_block, encoding, &self.data_runs, raw, payload);
-        self.work.counts.data_pages += (raw.len() / PAGE_BYTES) as u64;
+        self.work.counts.data_pages += raw_bytes / PAGE_BYTES as u64;
+        self.work.cpu_s += framing_s - packing_s;
         self.data_len = 0;
         self.data_runs.clear();
         self.gather_cpu_s += thread_cpu_s() - framing_s;
@@ -323,18 +342,18 @@ impl Worker {
     }
 }
 
-/// Whether to compress `raw`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
+/// Whether to compress `plain`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
 /// alike for long stretches.
 fn decide(
     chooser: &Mutex<Chooser>,
     compressor: &mut Compressor,
-    last_ratio: f64,
-    raw: &[u8],
+    last_ratio: &mut f64,
+    plain: &[u8],
 ) -> Result<Verdict> {
     let default = chooser.lock().decide(0.0);
-    if matches!(default, Verdict::Raw(_)) || last_ratio < 0.8 {
+    if matches!(default, Verdict::Raw(_)) || *last_ratio < 0.8 {
         return Ok(default);
     }
-    let ratio = compressor.sample_ratio(raw)?;
-    Ok(chooser.lock().decide(ratio))
+    *last_ratio = compressor.sample_ratio(plain)?;
+    Ok(chooser.lock().decide(*last_ratio))
 }

@@ -26,7 +26,7 @@ use whimbrel_wire::peer::memory::{
     BlockShape, Control, Encoding, GROUP_PAGES_MAX, Header, Kind, PAGE_BYTES, Pages, RoundCounts,
 };
 
-use crate::codec::Decompressor;
+use crate::codec::{Decompressor, words};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_control, read_header, write_control};
@@ -267,11 +267,14 @@ type DecoderThread = JoinHandle<Result<(Decoder, RoundCounts, f64)>>;
 struct Decoder {
     decompressor: Decompressor,
     raw: Vec<u8>,
+    /// Words that came in zstd.
+    worded: Vec<u8>,
 }
 
 impl Decoder {
     fn new() -> Result<Self> {
-        Ok(Self { decompressor: Decompressor::new()?, raw: vec![0; GROUP_PAGES_MAX * PAGE_BYTES] })
+        let raw = vec![0; GROUP_PAGES_MAX * PAGE_BYTES];
+        Ok(Self { decompressor: Decompressor::new()?, worded: raw.clone(), raw })
     }
 
     /// Takes jobs until there are no more; returns what was written and the processor seconds it took.
@@ -296,7 +299,7 @@ impl Decoder {
                 self.apply(blocks, &frame)?;
                 match frame.encoding {
                     Encoding::Zero => counts.zero_pages += frame.pages(),
-                    Encoding::Raw | Encoding::Zstd => counts.data_pages += frame.pages(),
+                    _ => counts.data_pages += frame.pages(),
                 }
             }
             let mut spare = spare.lock();
@@ -324,6 +327,17 @@ impl Decoder {
             Encoding::Zstd => {
                 let raw = self.raw.get_mut(..raw_bytes).unwrap_or(&mut []);
                 self.decompressor.decompress(frame.payload, raw)?;
+                raw
+            }
+            Encoding::Words => {
+                let raw = self.raw.get_mut(..raw_bytes).unwrap_or(&mut []);
+                words::unpack(frame.payload, raw)?;
+                raw
+            }
+            Encoding::WordsZstd => {
+                let raw = self.raw.get_mut(..raw_bytes).unwrap_or(&mut []);
+                let len = self.decompressor.decompress_up_to(frame.payload, &mut self.worded)?;
+                words::unpack(self.worded.get(..len).unwrap_or(&[]), raw)?;
                 raw
             }
         };

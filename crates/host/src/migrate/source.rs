@@ -75,6 +75,8 @@ pub struct SourceSide {
     stop_copy: AtomicBool,
     order: Notify,
     paused_at: Mutex<Option<Instant>>,
+    /// The step under way and when it began, for the figures.
+    in_step: Mutex<Option<(Step, Instant)>>,
     layer_bytes: AtomicU64,
     /// The volumes' records before COMMIT: after it, the guest must not wait for the store.
     volumes: Mutex<HashMap<Name, VolumeRecord>>,
@@ -137,6 +139,7 @@ impl SourceSide {
             stop_copy: AtomicBool::new(false),
             order: Notify::new(),
             paused_at: Mutex::default(),
+            in_step: Mutex::default(),
             layer_bytes: AtomicU64::new(0),
             volumes: Mutex::default(),
             follow_bytes: AtomicU64::new(0),
@@ -518,6 +521,15 @@ impl SourceSide {
         Ok(())
     }
 
+    /// Where the time went: how long each step took.
+    fn note_step(&self, step: Step) {
+        let before = self.in_step.lock().replace((step, Instant::now()));
+        if let Some((before, since)) = before {
+            let name = format!("{}_ms", before.as_str().replace('-', "_"));
+            self.task.figure(&name, since.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+
     /// The pause as far as this side sees it: until the target says that the guest runs.
     fn note_downtime(&self, message: &Step) {
         if *message == Step::Announce
@@ -553,6 +565,7 @@ impl Hands<Source> for SourceSide {
 
     fn enter(&self, step: Step) {
         self.task.phase(step.as_str());
+        self.note_step(step);
         self.note_downtime(&step);
     }
 

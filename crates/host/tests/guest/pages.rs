@@ -36,7 +36,11 @@ async fn rounds_over_a_stream_move_a_writing_guest_with_equal_ram() {
         let mut source =
             Source::open(near, vec![ram], SourceOptions::default(), progress.clone()).await.unwrap();
 
-        let mut precopy = Precopy::new(Policy { when_stuck: WhenStuck::PauseAnyway, ..Policy::new(100) });
+        let mut precopy = Precopy::new(Policy {
+            when_stuck: WhenStuck::PauseAnyway,
+            patience_ms: 2_000,
+            ..Policy::new(100)
+        });
         let mut sets = source.full_sets();
         // Re-armed before the first page is read.
         tracker.scan(&mut sets[0]).unwrap();

@@ -27,7 +27,7 @@ async fn pair(from: &TestVm, to: &TestVm, options: &StreamOptions) -> (Source, T
 
 /// Rounds until the engine, or QEMU, says that it is time to pause.
 async fn copy(source: &mut Source) -> u32 {
-    let policy = Policy { when_stuck: WhenStuck::PauseAnyway, ..Policy::new(100) };
+    let policy = Policy { when_stuck: WhenStuck::PauseAnyway, patience_ms: 2_000, ..Policy::new(100) };
     let mut precopy = Precopy::new(policy);
     loop {
         match source.next_round().await.unwrap() {

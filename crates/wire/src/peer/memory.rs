@@ -5,7 +5,7 @@
 //!    ── Open {blocks} ─────────────────────────────────►   sizes compared
 //!    ◄────────────────────────────────────── Opened ──
 //!    ── RoundBegin r ──────────────────────────────────►
-//!    ── Pages r (zero | raw | zstd) … ─────────────────►   verified, written
+//!    ── Pages r (zero | raw | words | zstd …) … ───────►   verified, written
 //!    ── RoundEnd r {counts} ───────────────────────────►   all of it in place
 //!    ◄──────────────────────────── RoundDone r {counts} ──  then round r + 1
 //!    ── DigestAsk ─────────────────────────────────────►   verify mode, guest paused
@@ -28,10 +28,14 @@
 //! | 8 | 4 | round |
 //! | 12 | 4 | CRC-32C of header bytes 0..12, of the body up to the payload, and of the **decoded** pages |
 //!
-//! Body of a pages frame: block `u16`, encoding `u8` (0 zero, 1 raw, 2 zstd), reserved `u8`, run count `u32`,
-//! runs of `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in order: nothing
-//! (zero), `4096 × pages` bytes (raw), or one zstd frame that decodes to exactly that many bytes. In a control
-//! frame the whole body counts as payload.
+//! Body of a pages frame: block `u16`, encoding `u8` (0 zero, 1 raw, 2 zstd, 3 words, 4 words in zstd), reserved
+//! `u8`, run count `u32`, runs of `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in
+//! order: nothing (zero), `4096 × pages` bytes (raw), one zstd frame that decodes to exactly that many bytes, words,
+//! or one zstd frame that decodes to words. In a control frame the whole body counts as payload.
+//!
+//! Words stand for pages in which one 64-bit word (zero, a pattern) is frequent: one byte per page, 0 or 1; then,
+//! page by page, for 0 its 4096 bytes, for 1 the frequent word (8 bytes), a mask of 512 bits (64 bytes, bit *i* of
+//! byte *j* for word 8*j* + *i*; set: the word is another one), and the other words in order (8 bytes each).
 //!
 //! Body of a bytes frame: encoding `u8` (1 raw, 2 zstd), reserved 3 bytes, decoded length `u32` of at most
 //! [`CHUNK_BYTES_MAX`], payload.
@@ -173,6 +177,10 @@ pub enum Encoding {
     Raw,
     /// One zstd frame over all the pages.
     Zstd,
+    /// Frequent words left out; see the module.
+    Words,
+    /// One zstd frame over words.
+    WordsZstd,
 }
 
 impl Encoding {
@@ -181,6 +189,8 @@ impl Encoding {
             Self::Zero => 0,
             Self::Raw => 1,
             Self::Zstd => 2,
+            Self::Words => 3,
+            Self::WordsZstd => 4,
         }
     }
 }
@@ -240,6 +250,8 @@ impl<'a> Pages<'a> {
             0 => Encoding::Zero,
             1 => Encoding::Raw,
             2 => Encoding::Zstd,
+            3 => Encoding::Words,
+            4 => Encoding::WordsZstd,
             _ => return bad("unknown encoding"),
         };
         let mut frame = Self { block, encoding, payload, header: *header, before_payload, pages: 0 };
@@ -257,15 +269,14 @@ impl<'a> Pages<'a> {
     }
 
     fn check_payload_length(&self) -> Result<(), WireError> {
-        let data = matches!(self.encoding, Encoding::Raw | Encoding::Zstd);
-        if data && self.pages > GROUP_PAGES_MAX as u64 {
+        if self.encoding != Encoding::Zero && self.pages > GROUP_PAGES_MAX as u64 {
             return Err(corrupt("a data frame has too many pages"));
         }
         let (len, raw_len) = (self.payload.len() as u64, self.pages * PAGE_BYTES as u64);
         let good = match self.encoding {
             Encoding::Zero => len == 0,
             Encoding::Raw => len == raw_len,
-            Encoding::Zstd => len > 0 && len < raw_len,
+            Encoding::Zstd | Encoding::Words | Encoding::WordsZstd => len > 0 && len < raw_len,
         };
         if good { Ok(()) } else { Err(corrupt("a payload's length does not fit its encoding")) }
     }
@@ -297,7 +308,7 @@ impl<'a> Pages<'a> {
 }
 
 /// Appends a pages frame to `out`. `raw` are the pages themselves (empty for zero pages) and make the check;
-/// `payload` is what is sent (`raw` again, or its zstd frame).
+/// `payload` is what is sent (`raw` again, or what it was encoded to).
 ///
 /// The caller keeps the format's limits; a frame that breaks one is refused by the other side.
 pub fn put_pages(

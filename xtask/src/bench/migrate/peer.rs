@@ -159,6 +159,7 @@ impl<'a> Peer<'a> {
         std::thread::sleep(Duration::from_millis(700));
         Ok(Some(Run {
             total_s: first.duration_since(started).as_secs_f64(),
+            start_s: 0.0,
             downtime_ms: beat.downtime_ms(),
             bytes: bytes as f64,
             cpu_s,

@@ -14,8 +14,10 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// One move.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
-    /// From the command to the first beat at the target.
+    /// From the command to the first beat at the target, without the start of the target's process.
     pub total_s: f64,
+    /// That start, where it was part of the command.
+    pub start_s: f64,
     /// Longest silence of the beat less its period.
     pub downtime_ms: f64,
     /// Sent by both hosts' interfaces.
@@ -47,9 +49,10 @@ impl Table {
     /// Keeps a finished move.
     pub fn add(&mut self, cell: &Cell, arm: &str, run: Run) {
         eprintln!(
-            "  {:<11} {arm:<17} {:>7.2} s {:>8.1} ms {:>8.1} MiB {:>6.2} s cpu",
+            "  {:<11} {arm:<17} {:>7.2} s (+{:.2}) {:>8.1} ms {:>8.1} MiB {:>6.2} s cpu",
             cell.name,
             run.total_s,
+            run.start_s,
             run.downtime_ms,
             run.bytes / f64::from(1 << 20),
             run.cpu_s
@@ -117,6 +120,7 @@ impl Table {
                 figures.insert(format!("{name}_{}", cell.name), self.median(cell, OURS, figure));
                 figures.insert(format!("qemu_{name}_{}", cell.name), self.best_peer(cell, figure));
             }
+            figures.insert(format!("target_start_{}", cell.name), self.median(cell, OURS, |r| r.start_s));
             if cell.name == "mixed_open" {
                 figures.insert(
                     "guest_gap_mixed_open_ms".into(),
