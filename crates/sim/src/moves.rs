@@ -426,11 +426,7 @@ impl World {
         }
         let Some(agent) = &mut self.hosts[host].agent else { return false };
         agent.works.push((id, attempt, work));
-        if !self.calm
-            && self.rng.permille(self.rates.hangs)
-            && may_fail(work)
-            && work != Work::Target(TargetWork::Pull)
-        {
+        if !self.calm && self.rng.permille(self.rates.hangs) && may_fail(work) && !is_retried(work) {
             return true;
         }
         let (low, high) = match work {
@@ -622,6 +618,11 @@ impl World {
             self.boot(host, newest, epoch);
         }
     }
+}
+
+/// Work whose host limits every wait in it, so that it fails instead of hanging, and is then tried again.
+fn is_retried(work: Work) -> bool {
+    matches!(work, Work::Target(TargetWork::Pull) | Work::Source(SourceWork::Serve))
 }
 
 /// What may fail by itself. Going back must not: there is nothing left to do then.
