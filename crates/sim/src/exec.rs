@@ -258,10 +258,17 @@ impl World {
     /// Fetches some of what is missing of the layer here; whether nothing is missing any more.
     pub(crate) fn pull(&mut self, host: HostIx, id: CopyId) -> bool {
         let Some(copy) = self.hosts[host].copies.get(&id) else { return true };
-        if copy.layer.missing.is_empty() || copy.brought_by.is_none() {
+        if !copy.layer.partial || copy.brought_by.is_none() {
             return true;
         }
-        let Some(blocks) = self.handed_out(host, id) else { return false };
+        // What the guest wrote over meanwhile needs nobody, but is made durable like the rest.
+        let blocks = match copy.layer.missing.is_empty() {
+            true => copy.layer.cached.clone(),
+            false => match self.handed_out(host, id) {
+                Some(blocks) => blocks,
+                None => return false,
+            },
+        };
         let some = if self.calm { BLOCKS } else { self.rng.index(BLOCKS) + 1 };
         let Some(copy) = self.hosts[host].copies.get_mut(&id) else { return true };
         for _ in 0..some {
