@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_engine::migrate::handover::{Cas, CasResult, Offer, Outcome, Seen, Side, Source, Target};
+use whimbrel_engine::migrate::handover::{self, Cas, CasResult, Offer, Outcome, Seen, Side, Source, Target};
 use whimbrel_wire::api::{DiskMove, PostCopy, TaskKind, VmMigrate};
 use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
 use whimbrel_wire::{AttemptId, HostId, Name};
@@ -116,9 +116,10 @@ impl Migrations {
         Ok(())
     }
 
-    /// Whether this host has part in an unfinished move of the VM.
-    pub fn has_part_in(&self, vm: &Name) -> bool {
-        self.unfinished().is_ok_and(|names| names.contains(vm))
+    /// Whether this host has all of a VM in whose unfinished move it takes part; none if it takes part in none.
+    pub fn can_run(&self, vm: &Name) -> Option<bool> {
+        let entries = self.shared.journal.read_all().unwrap_or_default();
+        entries.iter().find(|entry| entry.offer.vm == *vm).map(handover::can_run)
     }
 
     /// Begins to move a VM of this host; the task's number.
@@ -148,7 +149,7 @@ impl Migrations {
                 Err(Error::new(ErrorKind::Refused, "change records: they have changed meanwhile")
                     .hint("look at the VM again, then repeat the command"))
             }
-            CasResult::Unknown(error) => Err(error.into()),
+            CasResult::NotMade(error) | CasResult::Unknown(error) => Err(error.into()),
         }
     }
 

@@ -158,7 +158,8 @@ impl Target {
             | State::MarkingPulled
             | State::MarkingCrashed
             | State::HandingBack => Some(self.desk.words()),
-            State::Ready if self.called => Some(operator_words(&self.offer)),
+            State::Ready if self.desk.trouble.is_some() => Some(self.desk.words()),
+            State::Ready if self.called => Some(self.operator_words()),
             State::Ready => Some(format!("host {source} to commit the move of vm {vm} to {target}")),
             State::Pulling => {
                 Some(format!("depends on {source}: the volumes' blocks are still being fetched"))
@@ -313,7 +314,7 @@ impl Target {
     fn wants_operator(&self, now: Time) -> bool {
         let paused = self.step >= Step::Pause
             && matches!(self.state, State::Receiving | State::Verifying | State::Ready);
-        paused && !self.called && now.since_ms(self.heard) >= limit::SOURCE_SILENT_MS
+        paused && !self.called && now.since_ms(self.heard) >= limit::PEER_SILENT_MS
     }
 
     // ---- what happened ------------------------------------------------------------------------------------------
@@ -376,6 +377,8 @@ impl Target {
             (TargetWork::Verify, State::Verifying) => {
                 self.journal(Step::Verify, Course::Onward, out);
                 self.state = State::Ready;
+                // From here on the operator has one more choice.
+                self.called = false;
                 self.say(now, ToSource::Did(Step::Verify), out);
             }
             (TargetWork::Rebuild, State::Rebuilding) => self.resume(out),
@@ -437,11 +440,7 @@ impl Target {
     }
 
     fn on_cas(&mut self, now: Time, result: &CasResult, out: &mut Out) {
-        if let CasResult::Unknown(error) = result {
-            self.desk.trouble = Some(error.message.clone());
-        } else {
-            self.desk.trouble = None;
-        }
+        self.desk.heard_of(result);
         match (self.state, result) {
             (State::Marking, CasResult::Yes(_)) => self.marked(now, out),
             (State::MarkingPulled, CasResult::Yes(_)) => self.pulled(out),
@@ -454,6 +453,7 @@ impl Target {
             (State::Receiving | State::Verifying | State::Ready, _) => {
                 self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
             }
+            (_, CasResult::NotMade(_)) => self.desk.read_at(now.plus_ms(limit::STORE_RETRY_MS)),
             _ => self.desk.read(now, out),
         }
     }
@@ -478,7 +478,7 @@ impl Target {
             }
             (State::Receiving | State::Verifying | State::Ready, TargetView::Pending) => {
                 if self.wants_operator(now) {
-                    let cas = self.seen.call_operator(operator_words(&self.offer));
+                    let cas = self.seen.call_operator(self.operator_words());
                     self.cas(now, cas, out);
                 } else {
                     self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
@@ -548,6 +548,8 @@ impl Target {
 
     fn rebuild(&mut self, out: &mut Out) {
         self.rebuilt = true;
+        // What is broken is replaced.
+        self.broken = None;
         self.state = State::Rebuilding;
         out.push(Action::Do(TargetWork::Rebuild));
     }
@@ -609,6 +611,19 @@ impl Target {
         self.finish(Outcome::Moved, out);
     }
 
+    /// Before READY the guest can only go on at the source: that has all of it, this side does not.
+    fn operator_words(&self) -> String {
+        let Offer { vm, source, target, .. } = &self.offer;
+        let paused = format!("host {source} paused vm {vm} for a move to {target} and is silent");
+        if self.state == State::Ready {
+            format!(
+                "{paused}: bring {source} back, or make sure that it is off and run: vm recover {vm} --on {target}"
+            )
+        } else {
+            format!("{paused}: bring {source} back; {target} has not got all of the VM")
+        }
+    }
+
     fn hand_back(&mut self, now: Time, error: WireError, out: &mut Out) {
         self.why = Outcome::Stayed(error);
         self.state = State::HandingBack;
@@ -628,12 +643,4 @@ impl Target {
         self.outcome = Some(outcome.clone());
         out.push(Action::Finished(outcome));
     }
-}
-
-fn operator_words(offer: &Offer) -> String {
-    let Offer { vm, source, target, .. } = offer;
-    format!(
-        "host {source} paused vm {vm} for a move to {target} and is silent: bring {source} back, or make sure that \
-         it is off and run: vm recover {vm} --on {target}"
-    )
 }
