@@ -163,6 +163,11 @@ impl Receiver {
         log.report = Report { newest, ..Report::default() };
     }
 
+    /// Begins a new window in which numbers begin anew.
+    pub fn forget(&self) {
+        *self.log() = Log::default();
+    }
+
     /// Remembers this moment for [`Receiver::back_after`].
     pub fn mark(&self) {
         let mut log = self.log();

@@ -303,13 +303,13 @@ impl Vms {
         }
     }
 
-    /// Ends and removes whatever this host still has of a VM that is not its own: also what an earlier process of
-    /// this agent left, or a QEMU that was put aside.
-    pub(crate) async fn clear(&self, name: &Name) -> Result<()> {
-        if let Some(vm) = self.here(name) {
+    /// Ends and removes what this host still has of a VM up to epoch `newest`: what an earlier process of this agent
+    /// left, or a QEMU that was put aside.
+    pub(crate) async fn clear(&self, name: &Name, newest: Epoch) -> Result<()> {
+        if let Some(vm) = self.here(name).filter(|vm| vm.epoch() <= newest) {
             self.forget(&vm).await;
         }
-        if let Some(local) = self.local_record(name)? {
+        if let Some(local) = self.local_record(name)?.filter(|local| local.epoch <= newest) {
             local::end_process(&local).await?;
             local::remove_files(&self.shared.config, &local);
         }

@@ -54,6 +54,7 @@
 //! | source, serving (`--disk on-demand`) | the target to fetch the rest | none: the task says that it depends on the source | – |
 //! | source, undoing | own QEMU | the host's own limits | the record says `crashed` |
 //! | source, clearing | the store | none: the guest runs here already | – |
+//! | target, before READY | any sign of the source | [`limit::PEER_LOST_MS`] | look at the record: discard if it is over |
 //! | target, before READY | any sign of the source | [`limit::TARGET_PATIENCE_MS`] | discard |
 //! | target, READY | the record | none | – |
 //! | target, source silent after the pause | – | [`limit::PEER_SILENT_MS`] | the record says `needs_operator` |

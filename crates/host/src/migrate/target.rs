@@ -270,7 +270,7 @@ impl TargetSide {
     /// Removes what this attempt may have left of the VM here, layers apart.
     async fn clear(&self) {
         if self.prepared.load(Ordering::Acquire)
-            && let Err(error) = self.shared.vms.clear(&self.offer.vm).await
+            && let Err(error) = self.shared.vms.clear(&self.offer.vm, self.offer.epoch.next()).await
         {
             tracing::warn!(vm = %self.offer.vm, %error, "remains of a move were left");
         }

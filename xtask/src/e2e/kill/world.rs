@@ -106,9 +106,7 @@ impl<'a> World<'a> {
 
     /// After QEMU died under the guest: the same VM from the same volume.
     pub(super) fn boot_again(&mut self, at: usize) -> Result<()> {
-        let name = self.flight.name.clone();
-        self.flight = Flight::restart(self.c.lab, at, &name, &name, MEMORY_MIB, 1, WORKLOAD)?;
-        Ok(())
+        self.flight.boot_again(at, MEMORY_MIB, 1, WORKLOAD)
     }
 
     // ---- striking and mending -----------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ impl Target {
         match event {
             Event::Tick | Event::Cancel => {}
             Event::RecordChanged => {
-                if self.needs_record() {
+                if self.needs_record() || self.follows_source() {
                     self.desk.read_anew(now, out);
                 }
             }
@@ -259,6 +259,11 @@ impl Target {
         )
     }
 
+    /// The source's messages say how to go on; should they fail to come, the record tells whether the attempt is over.
+    fn follows_source(&self) -> bool {
+        matches!(self.state, State::Accepted | State::Preparing | State::Receiving | State::Verifying)
+    }
+
     fn needs_record(&self) -> bool {
         matches!(
             self.state,
@@ -294,7 +299,8 @@ impl Target {
             self.finish(Outcome::Moved, out);
             return;
         }
-        if self.desk.idle() && self.wants_operator(now) {
+        let lost = self.follows_source() && silent_ms >= limit::PEER_LOST_MS;
+        if self.desk.idle() && (lost || self.wants_operator(now)) {
             self.desk.read(now, out);
         }
         if now >= self.said.plus_ms(limit::ALIVE_EVERY_MS) {
@@ -476,6 +482,9 @@ impl Target {
                 self.say(now, ToSource::Failed(Step::Negotiate, error.clone()), out);
                 self.finish(Outcome::Stayed(error), out);
             }
+            (State::Accepted | State::Preparing, TargetView::Pending) => {
+                self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
+            }
             (State::Receiving | State::Verifying | State::Ready, TargetView::Pending) => {
                 if self.wants_operator(now) {
                     let cas = self.seen.call_operator(self.operator_words());
@@ -484,7 +493,7 @@ impl Target {
                     self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
                 }
             }
-            (State::Receiving | State::Verifying, _) => {
+            (State::Accepted | State::Preparing | State::Receiving | State::Verifying, _) => {
                 let error = WireError::new(ErrorKind::Refused, "the attempt was taken out of the record");
                 self.discard(Outcome::Stayed(error), out);
             }
