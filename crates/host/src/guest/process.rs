@@ -148,6 +148,12 @@ impl QemuProcess {
 /// A QEMU that nobody else knows yet: it does not outlive a start that is given up.
 struct Starting<'a>(Option<&'a QemuProcess>);
 
+impl Starting<'_> {
+    fn over(mut self) {
+        self.0 = None;
+    }
+}
+
 impl Drop for Starting<'_> {
     fn drop(&mut self) {
         if let Some(process) = self.0 {
@@ -163,9 +169,9 @@ pub async fn spawn(plan: &LaunchPlan) -> Result<Started> {
     let arguments = command_line(plan)?;
     prepare_files(plan).with_context(action)?;
     let process = start(plan, &arguments).with_context(action)?;
-    let mut starting = Starting(Some(&process));
+    let starting = Starting(Some(&process));
     let connected = connect(plan, &process).await;
-    starting.0 = None;
+    starting.over();
     match connected {
         Ok(qmp) => {
             tracing::info!(vm = %plan.name, pid = process.pid(), qemu = %plan.qemu, "QEMU started");
