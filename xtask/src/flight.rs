@@ -110,10 +110,11 @@ impl<'a> Flight<'a> {
     pub fn boot_again(&mut self, at: usize, memory_mib: u64, vcpus: u32, workload: &str) -> Result<()> {
         self.at = at;
         let host = self.host()?;
+        let net = self.address.is_some();
         let address = self.lab.guest_address();
-        let workload = format!("{workload} wg.ip={address}");
+        let workload = if net { format!("{workload} wg.ip={address}") } else { workload.to_owned() };
         let name = &self.name;
-        let args = VmArgs { name, volume: name, memory_mib, vcpus, workload: &workload, net: true };
+        let args = VmArgs { name, volume: name, memory_mib, vcpus, workload: &workload, net };
         // A guest that starts anew counts anew.
         self.receiver.forget();
         host.run_vm(&args, &self.lab.image)?;
@@ -122,7 +123,7 @@ impl<'a> Flight<'a> {
         }
         self.status = Status::connect(&host.vm_sockets(name).status, READY_LIMIT)?;
         self.status.wait_ready(READY_LIMIT).with_context(|| console(host, name))?;
-        self.address = Some(address.split('/').next().unwrap_or_default().to_owned());
+        self.address = net.then(|| address.split('/').next().unwrap_or_default().to_owned());
         Ok(())
     }
 
