@@ -72,6 +72,8 @@ impl Report {
 struct Log {
     report: Report,
     last_new: Option<Instant>,
+    marked: Option<Instant>,
+    first_since_mark: Option<Instant>,
     last_source: Option<usize>,
 }
 
@@ -100,6 +102,9 @@ impl Log {
             r.longest_gap_ms = r.longest_gap_ms.max(ms(at.saturating_duration_since(last)));
         }
         self.last_new = Some(at);
+        if self.marked.is_some_and(|mark| at > mark) {
+            self.first_since_mark.get_or_insert(at);
+        }
         if self.last_source.is_some_and(|s| s != source) {
             r.flips += 1;
         }
@@ -156,6 +161,24 @@ impl Receiver {
         let mut log = self.log();
         let newest = log.report.newest;
         log.report = Report { newest, ..Report::default() };
+    }
+
+    /// Begins a new window in which numbers begin anew.
+    pub fn forget(&self) {
+        *self.log() = Log::default();
+    }
+
+    /// Remembers this moment for [`Receiver::back_after`].
+    pub fn mark(&self) {
+        let mut log = self.log();
+        log.marked = Some(Instant::now());
+        log.first_since_mark = None;
+    }
+
+    /// How long after the mark the first new beat came; none if none has come.
+    pub fn back_after(&self) -> Option<Duration> {
+        let log = self.log();
+        Some(log.first_since_mark?.saturating_duration_since(log.marked?))
     }
 
     /// What the window holds so far.

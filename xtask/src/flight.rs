@@ -119,6 +119,27 @@ impl<'a> Flight<'a> {
         Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address })
     }
 
+    /// Starts the VM again on host `at`, from the volume of its own name, after its QEMU ended.
+    pub fn boot_again(&mut self, at: usize, memory_mib: u64, vcpus: u32, workload: &str) -> Result<()> {
+        self.at = at;
+        let host = self.host()?;
+        let net = self.address.is_some();
+        let address = self.lab.guest_address();
+        let workload = if net { format!("{workload} wg.ip={address}") } else { workload.to_owned() };
+        let name = &self.name;
+        let args = VmArgs { name, volume: name, memory_mib, vcpus, workload: &workload, net };
+        // A guest that starts anew counts anew.
+        self.receiver.forget();
+        host.run_vm(&args, &self.lab.image)?;
+        if !self.receiver.wait_for_beats(1, BOOT_LIMIT) {
+            bail!("vm {name} sent no beat within {BOOT_LIMIT:?}; {}", console(host, name));
+        }
+        self.status = Status::connect(&host.vm_sockets(name).status, READY_LIMIT)?;
+        self.status.wait_ready(READY_LIMIT).with_context(|| console(host, name))?;
+        self.address = net.then(|| address.split('/').next().unwrap_or_default().to_owned());
+        Ok(())
+    }
+
     /// The host it runs on.
     pub fn host(&self) -> Result<&'a Host> {
         self.lab.hosts().get(self.at).context("find the VM's host in the lab")

@@ -93,6 +93,11 @@ impl Lab {
         format!("10.78.0.{n}/24")
     }
 
+    /// Cuts the two hosts off from each other, silently, or joins them again; others reach both.
+    pub fn set_cut(&self, a: &Host, b: &Host, cut: bool) -> Result<()> {
+        net::set_apart(&[a.name(), b.name()], cut)
+    }
+
     /// Makes every host's interface a link of this class.
     pub fn shape(&self, link: Link) -> Result<()> {
         self.hosts.iter().try_for_each(|h| net::shape(h.name(), link))
@@ -161,15 +166,22 @@ pub fn qemu_pid(vm: &str) -> Result<u32> {
 
 /// The QEMU whose command line contains `needle`.
 pub fn process_with(needle: &str) -> Result<u32> {
+    let found = processes_with(needle)?.into_iter().next();
+    found.with_context(|| format!("find a QEMU with {needle} on its command line: there is none"))
+}
+
+/// Every QEMU whose command line contains `needle`.
+pub fn processes_with(needle: &str) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
     for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         if line.split(' ').next().unwrap_or_default().contains("qemu-system") && line.contains(needle) {
-            return Ok(pid);
+            found.push(pid);
         }
     }
-    anyhow::bail!("find a QEMU with {needle} on its command line: there is none")
+    Ok(found)
 }
 
 /// Bind-mounts `what` below `under`, where anybody can reach it.

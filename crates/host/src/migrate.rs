@@ -35,7 +35,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use uuid::Uuid;
 use whimbrel_engine::migrate::handover::{
-    Cas, CasResult, Course, JournalEntry, Offer, Outcome, Seen, Side, Source, Step, Target,
+    self, Cas, CasResult, Course, JournalEntry, Offer, Outcome, Seen, Side, Source, Step, Target,
 };
 use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
 use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, VolumeRecord, key};
@@ -93,12 +93,18 @@ impl Migrations {
 
     /// VMs whose fate the journal decides. Not those of which only blocks are still on their way here.
     pub fn unfinished(&self) -> Result<Vec<Name>> {
+        Ok(self.deciding()?.into_iter().map(|entry| entry.offer.vm).collect())
+    }
+
+    /// Entries of moves that decide about their VM; while only a disk's blocks follow it is one of this host's like any
+    /// other.
+    fn deciding(&self) -> Result<Vec<JournalEntry>> {
         let mut entries = self.shared.journal.read_all()?;
         let follows = |entry: &JournalEntry| {
             (entry.side, entry.step, entry.course) == (Side::Target, Step::Pull, Course::Onward)
         };
         entries.retain(|entry| !follows(entry));
-        Ok(entries.into_iter().map(|entry| entry.offer.vm).collect())
+        Ok(entries)
     }
 
     /// Takes up every move that an earlier process of this agent left behind.
@@ -123,9 +129,10 @@ impl Migrations {
         Ok(())
     }
 
-    /// Whether this host has part in an unfinished move of the VM.
-    pub fn has_part_in(&self, vm: &Name) -> bool {
-        self.unfinished().is_ok_and(|names| names.contains(vm))
+    /// Whether this host has all of a VM in whose unfinished move it takes part; none if it takes part in none.
+    pub fn can_run(&self, vm: &Name) -> Option<bool> {
+        let entries = self.deciding().unwrap_or_default();
+        entries.iter().find(|entry| entry.offer.vm == *vm).map(handover::can_run)
     }
 
     /// Begins to move a VM of this host; the task's number.
@@ -155,7 +162,7 @@ impl Migrations {
                 Err(Error::new(ErrorKind::Refused, "change records: they have changed meanwhile")
                     .hint("look at the VM again, then repeat the command"))
             }
-            CasResult::Unknown(error) => Err(error.into()),
+            CasResult::NotMade(error) | CasResult::Unknown(error) => Err(error.into()),
         }
     }
 

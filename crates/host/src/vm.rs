@@ -322,6 +322,19 @@ impl Vms {
         }
     }
 
+    /// Ends and removes what this host still has of a VM up to epoch `newest`: what an earlier process of this agent
+    /// left, or a QEMU that was put aside.
+    pub(crate) async fn clear(&self, name: &Name, newest: Epoch) -> Result<()> {
+        if let Some(vm) = self.here(name).filter(|vm| vm.epoch() <= newest) {
+            self.forget(&vm).await;
+        }
+        if let Some(local) = self.local_record(name)?.filter(|local| local.epoch <= newest) {
+            local::end_process(&local).await?;
+            local::remove_files(&self.shared.config, &local);
+        }
+        Ok(())
+    }
+
     /// Ends a waiting QEMU but keeps its RAM file, so that another one can be started from it.
     pub(crate) async fn put_aside(&self, vm: &Arc<LocalVm>) {
         vm.end_keeping_ram(&self.shared.volumes).await;

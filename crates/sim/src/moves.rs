@@ -302,6 +302,8 @@ impl World {
                 self.after_us(100_000, 6_000_000, What::StoreArrives(asker, cas));
             } else if self.rng.permille(600) {
                 let answer = match cas {
+                    // Refused before it left, or no answer: only the second may still be made.
+                    Some(_) if self.rng.permille(500) => Answer::Cas(CasResult::NotMade(no_answer())),
                     Some(_) => Answer::Cas(CasResult::Unknown(no_answer())),
                     None => Answer::Failed(no_answer()),
                 };
@@ -366,7 +368,7 @@ impl World {
         let Asker { host, life, attempt, id } = asker;
         let now = self.now;
         let Some(agent) = self.agent(host, life) else { return };
-        if !matches!(answer, Answer::Failed(_) | Answer::Cas(CasResult::Unknown(_))) {
+        if !matches!(answer, Answer::Failed(_) | Answer::Cas(CasResult::Unknown(_) | CasResult::NotMade(_))) {
             agent.store_answered = Some(now);
         }
         let is_source = agent.sources.contains_key(&attempt);

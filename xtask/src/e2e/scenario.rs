@@ -13,7 +13,7 @@ use crate::tcp::Client;
 pub const ANY_VERSION: [&str; 2] = ["eight hosts boot", "an agent's memory"];
 
 /// In the order they run.
-pub const ALL: [Scenario; 12] = [
+pub const ALL: [Scenario; 13] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("twenty moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("twenty moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -21,7 +21,8 @@ pub const ALL: [Scenario; 12] = [
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
     ("a disk follows its VM, whichever agent is killed meanwhile", on_demand::a_disk_follows_its_vm),
-    ("everything is killed at every step", kill::everything_is_killed_at_every_step),
+    ("everything is killed at every step in mode A", kill::in_mode_a),
+    ("everything is killed at every step in mode B", kill::in_mode_b),
     ("eight hosts boot from one image and the store is read once", swarm::store_is_read_once),
     ("an agent's memory stays within its limits", memory::agent_memory),
     ("what goes wrong around a VM is told and leaves it alone", errors::errors_leave_the_vm_alone),

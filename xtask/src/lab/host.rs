@@ -79,6 +79,8 @@ pub struct VmSockets {
     pub beat: PathBuf,
     /// For [`crate::status`].
     pub status: PathBuf,
+    /// QEMU's own monitor, for people and tests.
+    pub qmp: PathBuf,
 }
 
 impl Host {
@@ -248,6 +250,11 @@ impl Host {
         cmd::run(&mut cmd("ip", &["-n", &self.name, "link", "set", "eth0", state]))
     }
 
+    /// Resets this host's TCP connections to `other` for as long as `on` lasts.
+    pub fn reset_connections(&self, other: &Host, on: bool) -> Result<()> {
+        net::reset_to(&self.name, other.peer_address.split(':').next().unwrap_or_default(), on)
+    }
+
     /// Whether an agent was started and not killed since.
     pub fn has_agent(&self) -> bool {
         self.agent.borrow().is_some()
@@ -308,7 +315,11 @@ impl Host {
     /// Where the sockets of a VM are on this host; they need not exist yet.
     pub fn vm_sockets(&self, vm: &str) -> VmSockets {
         let dir = self.dir.join("run/vms").join(vm);
-        VmSockets { beat: dir.join("beat.sock"), status: dir.join("status.sock") }
+        VmSockets {
+            beat: dir.join("beat.sock"),
+            status: dir.join("status.sock"),
+            qmp: dir.join("qmp-operator.sock"),
+        }
     }
 }
 

@@ -85,6 +85,29 @@ pub fn address(number: usize) -> String {
     format!("10.77.0.{}", 10 + number)
 }
 
+/// Keeps these hosts from hearing each other, without telling them, or no longer. All other hosts reach them.
+pub fn set_apart(names: &[&str], apart: bool) -> Result<()> {
+    let state = if apart { "on" } else { "off" };
+    names.iter().try_for_each(|ns| {
+        ip(&format!("link set dev f{} type bridge_slave isolated {state}", ns.replace('-', "")))
+    })
+}
+
+/// Ends every TCP connection of a host to `address` by a reset as soon as it sends something, or no longer.
+pub fn reset_to(ns: &str, address: &str, on: bool) -> Result<()> {
+    let nft = |args: &str| {
+        let mut c = cmd("ip", &["netns", "exec", ns, "nft"]);
+        c.args(args.split_whitespace());
+        run(&mut c)
+    };
+    if !on {
+        return nft("delete table ip lab");
+    }
+    nft("add table ip lab")?;
+    nft("add chain ip lab out { type filter hook output priority 0 ; }")?;
+    nft(&format!("add rule ip lab out ip daddr {address} meta l4proto tcp reject with tcp reset"))
+}
+
 /// Shapes what goes out of a host and what comes into it.
 pub fn shape(ns: &str, link: Link) -> Result<()> {
     let outer = format!("f{}", ns.replace('-', ""));

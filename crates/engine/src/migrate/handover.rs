@@ -20,7 +20,7 @@
 //!  verifying ─────── Enter(verify) ───────────────────────► verifying ─► journal ─► READY
 //!     │◄──────────── Did(verify) = READY ───────────────────     │ polls the record
 //!  committing ── CAS: holder=target, epoch+1, attempt=none       │
-//!     │ yes        │ anything else                               │
+//!     │ yes        │ anything else (surely not made: undoing)    │
 //!     │         resolving ── read back ──┬─ target's ──► (as yes)│
 //!     │            │ still ours          └─ somebody's: release  │
 //!     │         fencing ── CAS: attempt=none ─► undoing          │
@@ -47,16 +47,18 @@
 //! | source, checking | the store | none: the guest runs, copying goes on | – |
 //! | source, pause … device-state | own QEMU, links | [`limit::PAUSE_MS`], [`limit::LIST_IO_MS`], [`limit::LAST_ROUND_MS`], [`limit::DEVICE_STATE_MS`] | undo |
 //! | source, verifying | READY | [`limit::VERIFY_MS`], with hashing [`limit::VERIFY_HASH_MS`] | undo |
-//! | source, committing | the CAS's answer | [`limit::STORE_MS`] | read back |
+//! | source, committing | the CAS's answer | [`limit::STORE_MS`] | read back; undo if it was certainly not made |
 //! | source, resolving, fencing | the store | none: only the record says who runs the VM | – |
 //! | source, waiting | the target to run the guest, or hand back | none: only the operator can decide otherwise | – |
+//! | source, target silent while waiting | – | [`limit::PEER_SILENT_MS`] | the record says `needs_operator` |
 //! | source, serving (`--disk on-demand`) | the target to fetch the rest | none: the task says that it depends on the source | – |
 //! | target, pulling (`--disk on-demand`) | the source to hand out the rest | none: likewise | – |
 //! | source, undoing | own QEMU | the host's own limits | the record says `crashed` |
 //! | source, clearing | the store | none: the guest runs here already | – |
+//! | target, before READY | any sign of the source | [`limit::PEER_LOST_MS`] | look at the record: discard if it is over |
 //! | target, before READY | any sign of the source | [`limit::TARGET_PATIENCE_MS`] | discard |
 //! | target, READY | the record | none | – |
-//! | target, source silent after the pause | – | [`limit::SOURCE_SILENT_MS`] | the record says `needs_operator` |
+//! | target, source silent after the pause | – | [`limit::PEER_SILENT_MS`] | the record says `needs_operator` |
 //! | target, resuming | own QEMU | the host's own limits | rebuild, then hand back |
 //!
 //! # After a restart of the agent
@@ -88,6 +90,9 @@
 //!   single instruction there.
 //! * A layer is handed out to a target ([`SourceWork::Serve`]) only after the record was seen to name that target:
 //!   from then on nobody writes it here.
+//! * A QEMU that ends is noticed at once: before READY the attempt is undone, after it the target rebuilds or hands
+//!   back, and once the guest may have run the record says `crashed`.
+//! * `vm recover` lets a guest go on only where all of it is ([`can_run`]): at the target that is from READY on.
 //! * Every transition that recovery must know about is journalled before the effect it guards. Recovery reads the
 //!   record before it acts, whatever the journal says.
 //!
@@ -102,7 +107,7 @@ mod target;
 #[cfg(test)]
 mod test;
 
-pub use record::{Cas, CasResult, Seen, recover};
+pub use record::{Cas, CasResult, Seen, can_run, recover};
 pub use source::{Source, SourceWork};
 pub use step::FailPoint;
 pub use target::{Target, TargetWork};
@@ -143,8 +148,9 @@ pub mod limit {
     pub const RECORD_POLL_MS: u64 = 1_000;
     /// How often each side gives a sign of life (and repeats what it last asked for).
     pub const ALIVE_EVERY_MS: u64 = 500;
-    /// Target: silence of the source, after the pause, until the record says that an operator is needed.
-    pub const SOURCE_SILENT_MS: u64 = 10_000;
+    /// Silence of the other side, after the pause, until the record says that an operator is needed: of the source
+    /// before COMMIT, of the target after it.
+    pub const PEER_SILENT_MS: u64 = 10_000;
     /// Target: silence of the source, before READY, until the target gives up by itself.
     pub const TARGET_PATIENCE_MS: u64 = 30_000;
 }
@@ -181,7 +187,8 @@ pub enum Event<M, W> {
         /// The guest may have run an instruction at the target (of [`TargetWork::Resume`]).
         may_have_run: bool,
     },
-    /// QEMU here ended, or a stream broke for good, while no work was under way.
+    /// The QEMU of this attempt here ended by itself (not one that work has ended or replaced), or a stream or the
+    /// journal broke for good.
     Broken(WireError),
 }
 

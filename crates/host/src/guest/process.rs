@@ -145,13 +145,34 @@ impl QemuProcess {
     }
 }
 
-/// Starts a VM and connects to its QMP socket. On failure nothing is left running.
+/// A QEMU that nobody else knows yet: it does not outlive a start that is given up.
+struct Starting<'a>(Option<&'a QemuProcess>);
+
+impl Starting<'_> {
+    fn over(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        if let Some(process) = self.0 {
+            // An error says that it has ended already.
+            let _ = pidfd_send_signal(&process.pidfd, Signal::KILL);
+        }
+    }
+}
+
+/// Starts a VM and connects to its QMP socket. On failure, or when the future is dropped, nothing is left running.
 pub async fn spawn(plan: &LaunchPlan) -> Result<Started> {
     let action = || format!("start QEMU for {}", plan.name);
     let arguments = command_line(plan)?;
     prepare_files(plan).with_context(action)?;
     let process = start(plan, &arguments).with_context(action)?;
-    match connect(plan, &process).await {
+    let starting = Starting(Some(&process));
+    let connected = connect(plan, &process).await;
+    starting.over();
+    match connected {
         Ok(qmp) => {
             tracing::info!(vm = %plan.name, pid = process.pid(), qemu = %plan.qemu, "QEMU started");
             Ok(Started { process, qmp })

@@ -512,6 +512,8 @@ impl SourceSide {
             }
             self.shared.vms.forget(&vm).await;
         }
+        // A QEMU that ended while no agent ran has left its files.
+        self.shared.vms.clear(&self.offer.vm, self.offer.epoch).await?;
         for name in &self.offer.spec.volumes {
             // A record that cannot be read now leaves a copy behind, never removes one.
             if let Ok(record) = self.volume(name).await {

@@ -1,6 +1,6 @@
 //! The handover's reads and transactions, against the metadata store.
 //!
-//! Invariant: a transaction whose outcome is not known is reported as unknown, never as failed; the machine reads
+//! Invariant: a transaction whose outcome is not known is reported as unknown, never as not made; the machine reads
 //! back. The host never repeats one by itself.
 
 use serde::Serialize;
@@ -31,13 +31,14 @@ pub async fn read(meta: &dyn MetaStore, vm: &Name) -> Result<Seen> {
 pub async fn cas(meta: &dyn MetaStore, cas: &Cas) -> CasResult {
     let (compare, ops) = match encode(cas) {
         Ok(parts) => parts,
-        Err(error) => return CasResult::Unknown(error.to_wire()),
+        Err(error) => return CasResult::NotMade(error.to_wire()),
     };
     match meta.txn(compare, ops).await {
         Ok(Committed::Yes(rev)) => CasResult::Yes(rev),
         Ok(Committed::Conflict) => CasResult::Conflict,
-        // Also an error that came before anything was sent: reading back costs little and cannot be wrong.
-        Err(error) => CasResult::Unknown(error.to_wire()),
+        Err(error) if error.kind() == ErrorKind::Unknown => CasResult::Unknown(error.to_wire()),
+        // The store's contract: any other error says that nothing was made.
+        Err(error) => CasResult::NotMade(error.to_wire()),
     }
 }
 

@@ -13,6 +13,8 @@
 //! * Nothing of the VM is served or run here before the machine says Resume.
 //! * RAM file, device state and layers outlive this agent and the waiting QEMU: a target whose QEMU died before the
 //!   guest ran starts another one from them.
+//! * The end of the waiting QEMU is told at once; one that was taken out of `vm` before it was ended is not told of.
+//! * Attempts of one VM follow each other: what a later one makes is not there before an earlier one's journal is gone.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
+use tokio::task::AbortHandle;
 use whimbrel_engine::migrate::handover::{
     Event, Offer, Outcome, Step, Target, TargetWork, ToSource, ToTarget,
 };
@@ -62,6 +65,10 @@ pub struct TargetSide {
     events: Events<Target>,
     task: TaskHandle,
     vm: Mutex<Option<Arc<LocalVm>>>,
+    /// Waits for the end of `vm`'s QEMU.
+    watcher: Mutex<Option<AbortHandle>>,
+    /// This attempt may have left something of the VM on this host.
+    prepared: AtomicBool,
     /// The volumes' records as last read: after COMMIT the guest must not wait for the store once more.
     volumes: Mutex<HashMap<Name, VolumeRecord>>,
     arrived: Mutex<Arrived>,
@@ -188,12 +195,17 @@ impl TargetSide {
             control,
             events: events.clone(),
             task,
-            vm: Mutex::new(vm),
+            vm: Mutex::default(),
+            watcher: Mutex::default(),
+            prepared: AtomicBool::new(machine.step_now() >= Step::Prepare),
             volumes: Mutex::default(),
             arrived: Mutex::default(),
             qemu: tokio::sync::Mutex::default(),
             trouble: Mutex::default(),
         });
+        if let Some(vm) = vm {
+            side.hold(vm);
+        }
         shared.targets.lock().insert(side.offer.attempt, Arc::clone(&side));
         let running = Arc::clone(&side);
         tokio::spawn(async move {
@@ -223,13 +235,57 @@ impl TargetSide {
         tracing::info!(vm = %self.offer.vm, attempt = %self.offer.attempt, ?outcome, "move ended at the target");
         self.shared.targets.lock().remove(&self.offer.attempt);
         let _ = tokio::fs::remove_file(self.state_path()).await;
+        let watcher = self.watcher.lock().take();
+        if let Some(watcher) = watcher {
+            watcher.abort();
+        }
         let vm = self.vm.lock().take();
-        if let Some(vm) = vm
-            && *outcome == Outcome::Moved
-        {
-            self.shared.vms.watch(&vm);
+        match (vm, outcome) {
+            (Some(vm), Outcome::Moved) => self.shared.vms.watch(&vm),
+            // The record says what has become of it; nobody needs what is left of its QEMU.
+            (_, Outcome::Crashed(_)) => self.clear().await,
+            _ => {}
         }
         self.task.end(&super::result_of(outcome, &self.offer.vm));
+    }
+
+    /// Takes a QEMU for this attempt's, and tells the machine when it ends.
+    fn hold(self: &Arc<Self>, vm: Arc<LocalVm>) {
+        let side = Arc::clone(self);
+        let watched = Arc::clone(&vm);
+        *self.vm.lock() = Some(vm);
+        let task = tokio::spawn(async move {
+            if watched.process.exited().await.is_ok() {
+                while !side.tell_end(&watched) {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
+        });
+        let earlier = self.watcher.lock().replace(task.abort_handle());
+        if let Some(earlier) = earlier {
+            earlier.abort();
+        }
+    }
+
+    /// Tells the machine that a QEMU ended, unless it is no longer this attempt's; false if it has to be tried again.
+    fn tell_end(&self, ended: &Arc<LocalVm>) -> bool {
+        // Told under the lock: one that is being replaced or discarded has been taken out before.
+        let held = self.vm.lock();
+        if !held.as_ref().is_some_and(|vm| Arc::ptr_eq(vm, ended)) {
+            return true;
+        }
+        let text =
+            format!("the QEMU that takes vm {} in ended by itself: {}", ended.name, ended.last_words());
+        self.events.try_send(Event::Broken(Error::new(ErrorKind::Unavailable, text).to_wire())).is_ok()
+    }
+
+    /// Removes what this attempt may have left of the VM here, layers apart.
+    async fn clear(&self) {
+        if self.prepared.load(Ordering::Acquire)
+            && let Err(error) = self.shared.vms.clear(&self.offer.vm, self.offer.epoch.next()).await
+        {
+            tracing::warn!(vm = %self.offer.vm, %error, "remains of a move were left");
+        }
     }
 
     fn state_path(&self) -> std::path::PathBuf {
@@ -259,7 +315,10 @@ impl TargetSide {
         let (offer, vms) = (&self.offer, &self.shared.vms);
         let action = || format!("take vm {} at host {}", offer.vm, self.shared.host);
         let refuse = |kind, words: String| Err(Error::new(kind, format!("{}: {words}", action())));
-        if !self.is_name_free().await? {
+        if !self.is_earlier_over().await? {
+            return refuse(ErrorKind::Refused, "an earlier move of it is not over here".into());
+        }
+        if vms.here(&offer.vm).is_some() || vms.local_record(&offer.vm)?.is_some() {
             return refuse(ErrorKind::AlreadyExists, "a VM of that name runs here already".into());
         }
         let mut spec = offer.spec.clone();
@@ -303,26 +362,27 @@ impl TargetSide {
         Ok(())
     }
 
-    /// Waits for what an earlier attempt left here to be discarded.
-    async fn is_name_free(&self) -> Result<bool> {
-        let (name, vms) = (&self.offer.vm, &self.shared.vms);
+    /// Waits for what an earlier attempt left here to be discarded, or released.
+    async fn is_earlier_over(&self) -> Result<bool> {
         let deadline = Instant::now() + DISCARD_LIMIT;
-        while vms.here(name).is_some() || vms.local_record(name)?.is_some() {
-            let earlier =
-                |side: &Arc<Self>| side.offer.vm == *name && side.offer.attempt != self.offer.attempt;
-            let in_discard = self.shared.targets.lock().values().any(earlier);
-            if !in_discard || Instant::now() > deadline {
+        loop {
+            let entries = self.shared.journal.read_all()?;
+            let is_earlier = |offer: &Offer| offer.vm == self.offer.vm && offer.attempt != self.offer.attempt;
+            if !entries.iter().any(|entry| is_earlier(&entry.offer)) {
+                return Ok(true);
+            }
+            if Instant::now() > deadline {
                 return Ok(false);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(true)
     }
 
-    async fn prepare(&self) -> Result<()> {
+    async fn prepare(self: &Arc<Self>) -> Result<()> {
         let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
+        self.prepared.store(true, Ordering::Release);
         let vm = self.shared.vms.launch(&record, true).await?;
-        *self.vm.lock() = Some(vm);
+        self.hold(vm);
         Ok(())
     }
 
@@ -562,7 +622,7 @@ impl TargetSide {
         Ok(())
     }
 
-    async fn rebuild(&self) -> Result<()> {
+    async fn rebuild(self: &Arc<Self>) -> Result<()> {
         if self.offer.mode == Mode::B {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -576,7 +636,7 @@ impl TargetSide {
         let state = tokio::fs::read(self.state_path()).await.context("read the kept device state")?;
         let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
         let vm = self.shared.vms.launch(&record, true).await?;
-        *self.vm.lock() = Some(Arc::clone(&vm));
+        self.hold(Arc::clone(&vm));
         device_state::load(&vm.qmp().await?, &state).await
     }
 
@@ -590,6 +650,7 @@ impl TargetSide {
         if let Some(vm) = vm {
             self.shared.vms.forget(&vm).await;
         }
+        self.clear().await;
         *self.arrived.lock() = Arrived::default();
         for name in &self.offer.spec.volumes {
             if let Ok(record) = self.volume(name).await {

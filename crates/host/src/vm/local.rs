@@ -244,7 +244,7 @@ impl LocalVm {
     }
 
     /// The end of what QEMU wrote about itself; its log goes with the VM's directory.
-    pub(super) fn last_words(&self) -> String {
+    pub(crate) fn last_words(&self) -> String {
         let log = fs::read(self.run_dir.join("qemu.log")).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(LAST_WORDS_BYTES)..).unwrap_or_default();
         String::from_utf8_lossy(tail).trim().to_owned()

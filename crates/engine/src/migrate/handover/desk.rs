@@ -4,7 +4,7 @@
 
 use whimbrel_wire::Time;
 
-use super::{Action, Cas, ReqId, limit};
+use super::{Action, Cas, CasResult, ReqId, limit};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
@@ -104,6 +104,14 @@ impl Desk {
             Some((_, _, since)) => Some(since.plus_ms(limit::STORE_MS)),
             None => self.again_at,
         }
+    }
+
+    /// Remembers what a change's answer says about the store.
+    pub(super) fn heard_of(&mut self, result: &CasResult) {
+        self.trouble = match result {
+            CasResult::NotMade(error) | CasResult::Unknown(error) => Some(error.message.clone()),
+            CasResult::Yes(_) | CasResult::Conflict => None,
+        };
     }
 
     /// Words for people: why the store is waited for.

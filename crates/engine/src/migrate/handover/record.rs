@@ -14,7 +14,7 @@
 //! right changes hands only with epoch + 1.
 
 use whimbrel_wire::meta::{Attempt, VmRecord, VmState, VolumeRecord};
-use whimbrel_wire::peer::migrate::Offer;
+use whimbrel_wire::peer::migrate::{Course, JournalEntry, Offer, Side, Step};
 use whimbrel_wire::{AttemptId, Epoch, HostId, WireError, api::DiskMove};
 
 /// The records of a VM and its volumes, read at one revision of the store.
@@ -42,6 +42,8 @@ pub enum CasResult {
     Yes(u64),
     /// A record has changed since; nothing was written (by this request).
     Conflict,
+    /// It was not made and never will be: the store could not be reached, or refused.
+    NotMade(WireError),
     /// No answer, or an error that does not exclude that it was or will be made.
     Unknown(WireError),
 }
@@ -134,13 +136,20 @@ impl Seen {
         })
     }
 
-    /// The VM stays where it is, in this state.
+    /// The VM stays where it is, in this state. One that has crashed lets go of its volumes.
     pub(super) fn settle(&self, state: VmState) -> Option<Cas> {
-        self.edit(|vm| {
+        let mut cas = self.edit(|vm| {
             vm.attempt = None;
             vm.state = state;
             vm.waiting_for = None;
-        })
+        })?;
+        if state == VmState::Crashed {
+            cas.volumes.clone_from(&self.volumes);
+            for (volume, _) in &mut cas.volumes {
+                volume.attached_to = None;
+            }
+        }
+        Some(cas)
     }
 
     /// An operator is needed; the right is not touched.
@@ -198,6 +207,15 @@ impl Seen {
             volume.depends_on = None;
         }
         Some(cas)
+    }
+}
+
+/// Whether a host with this entry has all of the VM, so that the operator may let the guest go on there: the source
+/// until it gives its copy up, the target from READY until it gives the VM up.
+pub fn can_run(entry: &JournalEntry) -> bool {
+    match entry.side {
+        Side::Source => entry.step < Step::Release,
+        Side::Target => entry.step >= Step::Verify && entry.course == Course::Onward,
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Source {
     said: Time,
     /// The attempt may still get into the record, by a request that has had no answer.
     begin_open: bool,
+    /// The record has been told that an operator is needed.
+    called: bool,
     desk: Desk,
     seen: Seen,
     /// Epoch at which this host holds the right, as far as it knows; grows if the right is handed back.
@@ -114,6 +116,7 @@ impl Source {
             heard: now,
             said: now,
             begin_open: false,
+            called: false,
             desk: Desk::default(),
             seen: Seen::default(),
             epoch: offer.epoch,
@@ -191,10 +194,9 @@ impl Source {
                 "{}: only it knows whether vm {vm} is at {source} or {target}",
                 self.desk.words()
             )),
-            State::Waiting => Some(format!(
-                "host {target}, which holds vm {vm} now, to run it; if {target} is off for good: vm recover {vm} \
-                 --on {source}"
-            )),
+            State::Waiting => {
+                Some(format!("host {target}, which holds vm {vm} now, to run it; {}", self.way_out()))
+            }
             State::Serving => {
                 Some(format!("depends on {source}: the volumes' blocks are still being fetched"))
             }
@@ -266,6 +268,7 @@ impl Source {
             Event::Peer(message) => self.on_peer(now, message, out),
             Event::Done(work) => self.on_done(now, work, out),
             Event::Failed { work, error, .. } => self.on_failed(now, work, error, out),
+            // After COMMIT was sent the record decides; letting a lost guest go on here fails by itself.
             Event::Broken(error) => {
                 if self.before_commit() {
                     self.undo(now, Outcome::Stayed(error), out);
@@ -328,6 +331,17 @@ impl Source {
                 | State::Working(_)
                 | State::Verifying
         )
+    }
+
+    /// The target went silent with the VM in its hands, and the record does not say so yet.
+    fn wants_operator(&self, now: Time) -> bool {
+        !self.called && now.since_ms(self.heard) >= limit::PEER_SILENT_MS
+    }
+
+    /// What the operator can do about a target that does not run what it holds.
+    fn way_out(&self) -> String {
+        let Offer { vm, source, target, .. } = &self.offer;
+        format!("bring {target} back, or make sure that it is off and run: vm recover {vm} --on {source}")
     }
 
     /// These states cannot go on without a look at the record.
@@ -537,11 +551,7 @@ impl Source {
     }
 
     fn on_cas(&mut self, now: Time, result: &CasResult, out: &mut Out) {
-        if let CasResult::Unknown(error) = result {
-            self.desk.trouble = Some(error.message.clone());
-        } else {
-            self.desk.trouble = None;
-        }
+        self.desk.heard_of(result);
         match (self.state, result) {
             (State::Writing, CasResult::Yes(_)) => self.offer_it(now, out),
             (State::Committing, CasResult::Yes(_)) => self.committed_there(now, out),
@@ -550,12 +560,24 @@ impl Source {
             {
                 self.undo(now, Outcome::Stayed(error.clone()), out);
             }
+            // COMMIT is not on its way: the guest goes on at once, whether or not the store comes back.
+            (State::Committing, CasResult::NotMade(error)) => {
+                let WireError { kind, message, hint } = error.clone();
+                let message =
+                    format!("move vm {}: the right could not be passed on: {message}", self.offer.vm);
+                self.undo(now, Outcome::Stayed(WireError { kind, message, hint }), out);
+            }
             (State::Committing, _) => {
                 self.go(now, State::Resolving);
                 self.desk.read(now, out);
             }
+            (State::Waiting, CasResult::Yes(_)) => {
+                self.called = true;
+                self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
+            }
             (State::Fencing, CasResult::Yes(_)) => self.resume_here(now, Course::Undo, out),
             (State::Clearing, CasResult::Yes(_)) => self.finish(self.end(), out),
+            (_, CasResult::NotMade(_)) => self.desk.read_at(now.plus_ms(limit::STORE_RETRY_MS)),
             _ => self.desk.read(now, out),
         }
     }
@@ -592,6 +614,15 @@ impl Source {
             (State::Waiting, SourceView::Target { ran: true }) => self.runs_there(now, out),
             (State::Serving, SourceView::Target { .. }) if !self.is_depended_on() => {
                 self.release(now, Outcome::Moved, out);
+            }
+            (State::Waiting, SourceView::Target { .. }) if self.wants_operator(now) => {
+                let words = format!(
+                    "host {} holds vm {} after a move, has not said that it runs it, and is silent; {}",
+                    self.offer.target,
+                    self.offer.vm,
+                    self.way_out()
+                );
+                self.cas(now, self.seen.call_operator(words), out);
             }
             (State::Waiting | State::Serving, _) => self.desk.read_at(again),
             // The right went to the target though COMMIT was not sent: the operator's doing.

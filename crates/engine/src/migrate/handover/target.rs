@@ -162,7 +162,8 @@ impl Target {
             | State::MarkingCrashed
             | State::HandingBack => Some(self.desk.words()),
             State::Ready if self.step == Step::Pull => Some(self.desk.words()),
-            State::Ready if self.called => Some(operator_words(&self.offer)),
+            State::Ready if self.desk.trouble.is_some() => Some(self.desk.words()),
+            State::Ready if self.called => Some(self.operator_words()),
             State::Ready => Some(format!("host {source} to commit the move of vm {vm} to {target}")),
             State::Pulling => {
                 Some(format!("depends on {source}: the volumes' blocks are still being fetched"))
@@ -191,7 +192,7 @@ impl Target {
         match event {
             Event::Tick | Event::Cancel => {}
             Event::RecordChanged => {
-                if self.needs_record() {
+                if self.needs_record() || self.follows_source() {
                     self.desk.read_anew(now, out);
                 }
             }
@@ -262,6 +263,11 @@ impl Target {
         )
     }
 
+    /// The source's messages say how to go on; should they fail to come, the record tells whether the attempt is over.
+    fn follows_source(&self) -> bool {
+        matches!(self.state, State::Accepted | State::Preparing | State::Receiving | State::Verifying)
+    }
+
     fn needs_record(&self) -> bool {
         matches!(
             self.state,
@@ -298,7 +304,8 @@ impl Target {
             self.finish(Outcome::Moved, out);
             return;
         }
-        if self.desk.idle() && self.wants_operator(now) {
+        let lost = self.follows_source() && silent_ms >= limit::PEER_LOST_MS;
+        if self.desk.idle() && (lost || self.wants_operator(now)) {
             self.desk.read(now, out);
         }
         if now >= self.said.plus_ms(limit::ALIVE_EVERY_MS) {
@@ -318,7 +325,7 @@ impl Target {
     fn wants_operator(&self, now: Time) -> bool {
         let paused = self.step >= Step::Pause
             && matches!(self.state, State::Receiving | State::Verifying | State::Ready);
-        paused && !self.called && now.since_ms(self.heard) >= limit::SOURCE_SILENT_MS
+        paused && !self.called && now.since_ms(self.heard) >= limit::PEER_SILENT_MS
     }
 
     // ---- what happened ------------------------------------------------------------------------------------------
@@ -381,6 +388,8 @@ impl Target {
             (TargetWork::Verify, State::Verifying) => {
                 self.journal(Step::Verify, Course::Onward, out);
                 self.state = State::Ready;
+                // From here on the operator has one more choice.
+                self.called = false;
                 self.say(now, ToSource::Did(Step::Verify), out);
             }
             (TargetWork::Rebuild, State::Rebuilding) => self.resume(out),
@@ -442,11 +451,7 @@ impl Target {
     }
 
     fn on_cas(&mut self, now: Time, result: &CasResult, out: &mut Out) {
-        if let CasResult::Unknown(error) = result {
-            self.desk.trouble = Some(error.message.clone());
-        } else {
-            self.desk.trouble = None;
-        }
+        self.desk.heard_of(result);
         match (self.state, result) {
             (State::Marking, CasResult::Yes(_)) => self.marked(now, out),
             (State::MarkingPulled, CasResult::Yes(_)) => self.pulled(out),
@@ -459,6 +464,7 @@ impl Target {
             (State::Receiving | State::Verifying | State::Ready, _) => {
                 self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
             }
+            (_, CasResult::NotMade(_)) => self.desk.read_at(now.plus_ms(limit::STORE_RETRY_MS)),
             _ => self.desk.read(now, out),
         }
     }
@@ -481,15 +487,18 @@ impl Target {
                 self.say(now, ToSource::Failed(Step::Negotiate, error.clone()), out);
                 self.finish(Outcome::Stayed(error), out);
             }
+            (State::Accepted | State::Preparing, TargetView::Pending) => {
+                self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
+            }
             (State::Receiving | State::Verifying | State::Ready, TargetView::Pending) => {
                 if self.wants_operator(now) {
-                    let cas = self.seen.call_operator(operator_words(&self.offer));
+                    let cas = self.seen.call_operator(self.operator_words());
                     self.cas(now, cas, out);
                 } else {
                     self.desk.read_at(now.plus_ms(limit::RECORD_POLL_MS));
                 }
             }
-            (State::Receiving | State::Verifying, _) => {
+            (State::Accepted | State::Preparing | State::Receiving | State::Verifying, _) => {
                 let error = WireError::new(ErrorKind::Refused, "the attempt was taken out of the record");
                 self.discard(Outcome::Stayed(error), out);
             }
@@ -562,6 +571,8 @@ impl Target {
 
     fn rebuild(&mut self, out: &mut Out) {
         self.rebuilt = true;
+        // What is broken is replaced.
+        self.broken = None;
         self.state = State::Rebuilding;
         out.push(Action::Do(TargetWork::Rebuild));
     }
@@ -631,6 +642,19 @@ impl Target {
         self.finish(self.why.clone(), out);
     }
 
+    /// Before READY the guest can only go on at the source: that has all of it, this side does not.
+    fn operator_words(&self) -> String {
+        let Offer { vm, source, target, .. } = &self.offer;
+        let paused = format!("host {source} paused vm {vm} for a move to {target} and is silent");
+        if self.state == State::Ready {
+            format!(
+                "{paused}: bring {source} back, or make sure that it is off and run: vm recover {vm} --on {target}"
+            )
+        } else {
+            format!("{paused}: bring {source} back; {target} has not got all of the VM")
+        }
+    }
+
     fn hand_back(&mut self, now: Time, error: WireError, out: &mut Out) {
         self.why = Outcome::Stayed(error);
         self.state = State::HandingBack;
@@ -650,12 +674,4 @@ impl Target {
         self.outcome = Some(outcome.clone());
         out.push(Action::Finished(outcome));
     }
-}
-
-fn operator_words(offer: &Offer) -> String {
-    let Offer { vm, source, target, .. } = offer;
-    format!(
-        "host {source} paused vm {vm} for a move to {target} and is silent: bring {source} back, or make sure that \
-         it is off and run: vm recover {vm} --on {target}"
-    )
 }

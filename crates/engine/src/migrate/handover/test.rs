@@ -255,6 +255,7 @@ impl World {
                 self.apply(&cas);
                 CasResult::Unknown(trouble())
             }
+            5 => CasResult::NotMade(trouble()),
             _ => self.apply(&cas),
         };
         self.reply(side, Event::Cas(id, result.clone()), Event::Cas(id, result));
@@ -437,6 +438,16 @@ impl World {
         }
     }
 
+    /// The next thing happens, or time passes.
+    fn go_on(&mut self) {
+        if self.pending.is_empty() {
+            self.now = self.now.plus_ms(100);
+            self.tick();
+        } else {
+            self.happen(0, 0);
+        }
+    }
+
     /// No more faults: everything must come to an end.
     fn calm(&mut self) -> Result<(), String> {
         self.faults = false;
@@ -448,12 +459,7 @@ impl World {
             if self.source.is_none() && self.target.is_none() && self.pending.is_empty() {
                 break;
             }
-            if self.pending.is_empty() {
-                self.now = self.now.plus_ms(100);
-                self.tick();
-            } else {
-                self.happen(0, 0);
-            }
+            self.go_on();
             self.check()?;
         }
         if self.source.is_some() || self.target.is_some() {
@@ -617,12 +623,7 @@ fn a_lost_target_lets_the_source_resume_within_five_seconds() {
         let mut world = World::new(None, DiskMove::Copy);
         world.faults = false;
         for _ in 0..events {
-            if world.pending.is_empty() {
-                world.now = world.now.plus_ms(100);
-                world.tick();
-            } else {
-                world.happen(0, 0);
-            }
+            world.go_on();
         }
         if world.vm.right.holder == host("b") {
             return;
@@ -634,12 +635,7 @@ fn a_lost_target_lets_the_source_resume_within_five_seconds() {
         world.at_target = Guest::Dead;
         while world.at_source != Guest::Runs || world.source.is_some() {
             world.pending.retain(|pending| !matches!(pending, Pending::ToTarget(_)));
-            if world.pending.is_empty() {
-                world.now = world.now.plus_ms(100);
-                world.tick();
-            } else {
-                world.happen(0, 0);
-            }
+            world.go_on();
             if world.at_source != Guest::Runs {
                 assert!(world.now.since_ms(lost) < 5_000, "after {events} events");
             }
@@ -662,12 +658,7 @@ fn the_guest_is_not_paused_while_the_store_is_silent() {
         if silent {
             world.pending.retain(|pending| !matches!(pending, Pending::Store(Side::Source, ..)));
         }
-        if world.pending.is_empty() {
-            world.now = world.now.plus_ms(100);
-            world.tick();
-        } else {
-            world.happen(0, 0);
-        }
+        world.go_on();
         assert_eq!(world.at_source, Guest::Runs);
     }
     let waiting = world.source.as_ref().and_then(Source::waiting_for).unwrap();
@@ -679,23 +670,13 @@ fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
     let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     while !world.target_ready {
-        if world.pending.is_empty() {
-            world.now = world.now.plus_ms(100);
-            world.tick();
-        } else {
-            world.happen(0, 0);
-        }
+        world.go_on();
     }
     world.crash(Side::Source, 1);
     let gone = world.now;
     let calm = |world: &mut World| {
         world.pending.retain(|pending| !matches!(pending, Pending::ToSource(_)));
-        if world.pending.is_empty() {
-            world.now = world.now.plus_ms(100);
-            world.tick();
-        } else {
-            world.happen(0, 0);
-        }
+        world.go_on();
     };
     while world.vm.state != VmState::NeedsOperator {
         calm(&mut world);
@@ -712,6 +693,107 @@ fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
     assert_eq!(world.at_target, Guest::Runs);
     assert_eq!(world.vm.state, VmState::Running);
     assert_eq!(world.vm.right.epoch, Epoch(5));
+}
+
+#[test]
+fn a_silent_target_is_reported_to_the_operator_who_can_choose_the_source() {
+    let mut world = World::new(None);
+    world.faults = false;
+    while world.vm.right.holder != host("b") {
+        world.go_on();
+    }
+    world.crash(Side::Target, 1);
+    world.at_target = Guest::Dead;
+    let gone = world.now;
+    while world.vm.state != VmState::NeedsOperator {
+        world.pending.retain(|pending| !matches!(pending, Pending::ToTarget(_)));
+        world.go_on();
+        assert!(world.now.since_ms(gone) < 15_000);
+    }
+    let words = world.vm.waiting_for.clone().unwrap();
+    assert!(words.ends_with("vm recover web-1 --on a"), "{words}");
+    assert_eq!(world.vm.right.holder, host("b"));
+    assert!(world.source_journal.as_ref().is_some_and(can_run));
+    let seen = Seen { vm: Some((world.vm.clone(), world.rev)), volumes: Vec::new() };
+    let cas = recover(&seen, &host("a")).unwrap();
+    assert!(matches!(world.apply(&cas), CasResult::Yes(_)));
+    for _ in 0..200 {
+        world.pending.retain(|pending| !matches!(pending, Pending::ToTarget(_)));
+        world.go_on();
+    }
+    assert_eq!(world.at_source, Guest::Runs);
+    assert_eq!((world.vm.state, world.vm.right.epoch), (VmState::Running, Epoch(6)));
+    // What comes back later gives up what it has.
+    world.calm().unwrap();
+    assert_eq!(world.at_source, Guest::Runs);
+}
+
+#[test]
+fn before_ready_the_operator_is_not_sent_to_the_target() {
+    let mut world = World::new(None);
+    world.faults = false;
+    while world.target.as_ref().is_none_or(|target| target.step_now() < Step::LastRound) {
+        world.go_on();
+    }
+    world.crash(Side::Source, 1);
+    assert!(!world.target_journal.as_ref().is_some_and(can_run));
+    while world.vm.state != VmState::NeedsOperator {
+        world.pending.retain(|pending| !matches!(pending, Pending::ToSource(_)));
+        world.go_on();
+    }
+    let words = world.vm.waiting_for.clone().unwrap();
+    assert!(words.contains("bring a back") && !words.contains("vm recover"), "{words}");
+    world.calm().unwrap();
+    assert_eq!(world.at_source, Guest::Runs);
+    assert_eq!((world.vm.state, world.vm.waiting_for.clone()), (VmState::Running, None));
+}
+
+#[test]
+fn a_commit_that_was_surely_not_made_lets_the_source_go_on_without_the_store() {
+    let mut world = World::new(None);
+    world.faults = false;
+    while world.source.as_ref().is_some_and(|source| source.step_now() < Step::Commit) {
+        world.go_on();
+    }
+    let lost = world.now;
+    while world.at_source != Guest::Runs {
+        let at = world.pending.iter().position(|pending| matches!(pending, Pending::Store(..)));
+        match at.map(|at| world.pending.remove(at)) {
+            Some(Pending::Store(side, id, Some(_))) => {
+                let answer = || CasResult::NotMade(trouble());
+                world.reply(side, Event::Cas(id, answer()), Event::Cas(id, answer()));
+            }
+            Some(Pending::Store(side, id, None)) => {
+                world.reply(side, Event::ReadFailed(id, trouble()), Event::ReadFailed(id, trouble()));
+            }
+            _ => world.go_on(),
+        }
+        assert!(world.now.since_ms(lost) < 500);
+    }
+    world.calm().unwrap();
+    assert_eq!((world.at_source, world.vm.right.holder.clone()), (Guest::Runs, host("a")));
+}
+
+#[test]
+fn a_vm_that_crashed_lets_go_of_its_volumes() {
+    let mut world = World::new(None);
+    world.vm.state = VmState::Starting;
+    let disk = whimbrel_wire::DiskId(uuid::Uuid::from_u128(1));
+    let volume = VolumeRecord {
+        name: host("root"),
+        disk_id: disk,
+        data_id: whimbrel_wire::DataId(uuid::Uuid::from_u128(2)),
+        size_bytes: 1 << 20,
+        image: None,
+        right: Right { object: Object::Layer(disk), holder: host("b"), epoch: Epoch(5) },
+        attached_to: Some(world.vm.name.clone()),
+        depends_on: None,
+    };
+    let seen = Seen { vm: Some((world.vm.clone(), 3)), volumes: vec![(volume, 2)] };
+    let crashed = seen.settle(VmState::Crashed).unwrap();
+    assert!(crashed.volumes.iter().all(|(volume, rev)| volume.attached_to.is_none() && *rev == 2));
+    assert_eq!(crashed.volumes.len(), 1);
+    assert!(seen.settle(VmState::Running).unwrap().volumes.is_empty());
 }
 
 #[test]

@@ -82,11 +82,15 @@ impl Node {
             .hint("make sure that host is off or cut off from network and storage, then add --fenced"));
         }
         self.blocks_must_be_there(&record, &request.on).await.with_context(action)?;
-        // A host that has part in an unfinished move has everything of the VM; others need its disks.
-        let in_move = self.migrations.has_part_in(name);
-        if !in_move {
-            self.disks_must_be_here(&record).await.with_context(action)?;
-        }
+        // A host that has part in an unfinished move goes on with the guest itself; others start it from its disks.
+        let in_move = match self.migrations.can_run(name) {
+            Some(true) => true,
+            Some(false) => return Err(self.part_only(&action(), &record)),
+            None => {
+                self.disks_must_be_here(&record).await.with_context(action)?;
+                false
+            }
+        };
         let seen = self.migrations.read_records(name).await?;
         let cas = handover::recover(&seen, &self.host)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{}: there is none", action())))?;
@@ -115,6 +119,13 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    fn part_only(&self, action: &str, record: &VmRecord) -> Error {
+        let holder = &record.right.holder;
+        let text = format!("{action}: a move to here was cut short before all of the VM had come");
+        Error::new(ErrorKind::Refused, text)
+            .hint(format!("bring host {holder} back: it has all of the VM and lets it go on"))
     }
 
     async fn disks_must_be_here(&self, record: &VmRecord) -> Result<()> {
