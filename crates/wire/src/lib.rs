@@ -21,6 +21,7 @@ pub mod api;
 pub mod error;
 #[cfg(test)]
 mod fuzz;
+pub mod foreign;
 pub mod id;
 pub mod meta;
 pub mod peer;
