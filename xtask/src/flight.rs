@@ -106,6 +106,26 @@ impl<'a> Flight<'a> {
         Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address })
     }
 
+    /// A VM that was started by hand on host `at`, with its beat and status sockets; `beats` are those of all hosts.
+    pub fn found(
+        lab: &'a Lab,
+        at: usize,
+        name: &str,
+        beats: &[std::path::PathBuf],
+        status: &std::path::Path,
+        address: &str,
+    ) -> Result<Flight<'a>> {
+        let started = Instant::now();
+        let receiver = Receiver::on(beats);
+        if !receiver.wait_for_beats(1, BOOT_LIMIT) {
+            bail!("vm {name} sent no beat within {BOOT_LIMIT:?}");
+        }
+        let boot = started.elapsed();
+        let mut status = Status::connect(status, READY_LIMIT)?;
+        status.wait_ready(READY_LIMIT)?;
+        Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address: Some(address.to_owned()) })
+    }
+
     /// The host it runs on.
     pub fn host(&self) -> Result<&'a Host> {
         self.lab.hosts().get(self.at).context("find the VM's host in the lab")

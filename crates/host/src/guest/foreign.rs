@@ -20,6 +20,8 @@ mod facts;
 mod find;
 mod line;
 mod rewrite;
+#[cfg(test)]
+mod test;
 
 pub use facts::{Device, Drive, Facts, collect};
 pub use find::process_behind;
