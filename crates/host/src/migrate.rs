@@ -158,12 +158,7 @@ impl Migrations {
         }
     }
 
-    async fn offer(
-        &self,
-        vm: &LocalVm,
-        record: &VmRecord,
-        request: &VmMigrate,
-    ) -> Result<(Offer, Tracking)> {
+    async fn offer(&self, vm: &LocalVm, record: &VmRecord, request: &VmMigrate) -> Result<(Offer, Tracking)> {
         let shared = &self.shared;
         let (name, to) = (&vm.name, &request.to);
         let action = format!("move vm {name} to host {to}");

@@ -119,7 +119,10 @@ impl Vms {
         let shared = &self.shared;
         let action = || format!("run vm {name}");
         if spec.foreign.is_some() {
-            return Err(Error::new(ErrorKind::InvalidInput, format!("{}: that command line is not ours", action())));
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: that command line is not ours", action()),
+            ));
         }
         launch::settle(&mut spec, &self.qemu().await?, true).await.with_context(action)?;
         let old = records::get::<VmRecord>(&*shared.meta, &key::vm(&name)).await?;

@@ -107,7 +107,8 @@ fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>
     let (kernel, initrd) = (c.lab.image.kernel.to_string_lossy(), c.lab.image.initrd.to_string_lossy());
     let netdev = format!("tap,id=n0,ifname={},script=no,downscript=no", guest.tap);
     let ports = port_args("{dir}");
-    let mut args = vec!["-nodefaults", "-smp", "2", "-kernel", &kernel, "-initrd", &initrd, "-append", &append];
+    let mut args =
+        vec!["-nodefaults", "-smp", "2", "-kernel", &kernel, "-initrd", &initrd, "-append", &append];
     args.extend(guest.memory.iter().chain(guest.disk));
     args.extend(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:ad:0b:01"]);
     args.extend(["-serial", "unix:{dir}/serial.sock,server=on,wait=off"]);
@@ -142,7 +143,8 @@ pub fn adopted_in_mode_a(c: &Context<'_>) -> Result<()> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
     let ram = host.dir().join("memory/owners.ram");
     let object = format!("memory-backend-file,id=mem,size=256M,mem-path={},share=on", ram.display());
-    let disk = format!("file={},format=qcow2,if=virtio,cache=none", disk_copy(c, "hand-a", "qcow2")?.display());
+    let disk =
+        format!("file={},format=qcow2,if=virtio,cache=none", disk_copy(c, "hand-a", "qcow2")?.display());
     let memory = ["-m", "256M", "-object", &object, "-machine", "memory-backend=mem"];
     let guest = Guest { name: "hand-a", memory: &memory, disk: &["-drive", &disk], tap: "hand0" };
     let (mut hand, mut flight) = boot(c, &guest)?;
@@ -217,8 +219,44 @@ pub fn adopted_in_mode_b(c: &Context<'_>) -> Result<()> {
         ensure!(now >= acked, "acknowledged records went back from {acked} to {now}");
         acked = now;
         let mode = flight.host()?.whimbrel(&["vm", "show", "hand-b"])?["mode"].clone();
-        println!("       moved to host {}: silence {:.0} ms, mode from now on {mode}", to + 1, moved.beat.longest_gap_ms);
+        println!(
+            "       moved to host {}: silence {:.0} ms, mode from now on {mode}",
+            to + 1,
+            moved.beat.longest_gap_ms
+        );
     }
+    flight.stop()
+}
+
+/// A volume of ours on a vhost-user-blk device: it is not copied, and moves with the VM.
+pub fn adopted_with_a_volume(c: &Context<'_>) -> Result<()> {
+    let host = c.lab.hosts().first().context("a lab has hosts")?;
+    host.whimbrel(&["volume", "create", "hand-v", "--image", super::IMAGE])?;
+    let volume = host.whimbrel(&["volume", "attach", "hand-v", "--export", "vhost-user-blk"])?;
+    let socket = qmp_text(&volume, "/exports/0");
+    let ram = host.dir().join("memory/owners-v.ram");
+    let object = format!("memory-backend-file,id=mem,size={ODD_BYTES},mem-path={},share=on", ram.display());
+    let (size, chardev) = (format!("size={ODD_BYTES}b"), format!("socket,id=v0,path={socket},reconnect=1"));
+    let memory = ["-m", &size, "-object", &object, "-machine", "memory-backend=mem"];
+    let disk = ["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=v0,num-queues=2,id=root"];
+    let (mut hand, mut flight) =
+        boot(c, &Guest { name: "hand-v", memory: &memory, disk: &disk, tap: "hand2" })?;
+    host.whimbrel(&["vm", "adopt", "hand-v", "--qmp", &hand.qmp_path()])?;
+    hand.must_run()?;
+    let shown = host.whimbrel(&["vm", "show", "hand-v"])?;
+    ensure!(shown["volumes"] == json!(["hand-v"]), "its volumes are {}", shown["volumes"]);
+    let refused = output(&mut host.cli(&["volume", "detach", "hand-v"]))?;
+    ensure!(!refused.status.success(), "the disk of a running VM was detached");
+    let mut acked = flight.counter("disk_acked")?;
+    for to in [1, 2] {
+        let moved = flight.migrate(to, &[]).with_context(|| format!("move to host {}", to + 1))?;
+        flight.must_be_whole().with_context(|| format!("at host {}", to + 1))?;
+        let now = flight.counter("disk_acked")?;
+        ensure!(now >= acked, "acknowledged records went back from {acked} to {now}");
+        acked = now;
+        println!("       moved to host {}: silence {:.0} ms", to + 1, moved.beat.longest_gap_ms);
+    }
+    fs::remove_file(&ram).context("remove the RAM file")?;
     flight.stop()
 }
 
@@ -232,25 +270,47 @@ pub fn refusals(c: &Context<'_>) -> Result<()> {
     fs::write(&file, vec![7; 1 << 20]).context("make a disk")?;
     let (drive, small) = (format!("file={},format=raw", file.display()), ["-nodefaults", "-m", "65528k"]);
     let (ide, ro) = (format!("{drive},if=ide"), format!("{drive},if=virtio,readonly=on"));
-    let (cd, limited) = (format!("{drive},media=cdrom"), format!("{drive},if=virtio,throttling.bps-total=1000000"));
+    let (cd, limited) =
+        (format!("{drive},media=cdrom"), format!("{drive},if=virtio,throttling.bps-total=1000000"));
     let table: [Case<'_>; 11] = [
         ("ide", &["-drive", &ide], &["-drive", "if=virtio"]),
         ("readonly", &["-drive", &ro], &["read-only", "virtio0"]),
         ("cdrom", &["-drive", &cd], &["small.raw", "medium"]),
         ("limits", &["-drive", &limited], &["limits of a drive"]),
         ("user", &["-netdev", "user,id=u0", "-device", "virtio-net-pci,netdev=u0"], &["-netdev user", "tap"]),
-        ("tcp", &["-chardev", "socket,id=x,host=127.0.0.1,port=7,server=on,wait=off"], &["-chardev socket,id=x", "unix"]),
+        (
+            "tcp",
+            &["-chardev", "socket,id=x,host=127.0.0.1,port=7,server=on,wait=off"],
+            &["-chardev socket,id=x", "unix"],
+        ),
         ("snapshot", &["-snapshot"], &["-snapshot"]),
-        ("ivshmem", &["-object", "memory-backend-memfd,id=m,size=1M,share=on", "-device", "ivshmem-plain,memdev=m"], &["-device ivshmem"]),
-        ("nic", &["-nic", "none", "-device", "usb-ehci,id=e", "-device", "usb-storage,bus=e.0,drive=s", "-drive", &format!("{drive},if=none,id=s")], &["usb-storage", "virtio-blk-pci"]),
+        (
+            "ivshmem",
+            &["-object", "memory-backend-memfd,id=m,size=1M,share=on", "-device", "ivshmem-plain,memdev=m"],
+            &["-device ivshmem"],
+        ),
+        (
+            "nic",
+            &[
+                "-nic",
+                "none",
+                "-device",
+                "usb-ehci,id=e",
+                "-device",
+                "usb-storage,bus=e.0,drive=s",
+                "-drive",
+                &format!("{drive},if=none,id=s"),
+            ],
+            &["usb-storage", "virtio-blk-pci"],
+        ),
         ("two", &["-drive", &ide, "-netdev", "user,id=u1"], &["-netdev user", "if=virtio"]),
-        ("plugged", &["-device", "pcie-root-port,id=port,chassis=1"], &["late", "plugged in after the start"]),
+        ("plugged", &["-device", "pcie-root-port,id=rp,chassis=1"], &["late", "plugged in after the start"]),
     ];
     let mut wrong = Vec::new();
     for (name, args, words) in table {
         let mut hand = ByHand::start(c, host, name, &[&small, args].concat())?;
         if name == "plugged" {
-            let device = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "port" });
+            let device = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "rp" });
             hand.mine()?.execute("device_add", device)?;
         }
         let out = output(&mut host.cli(&["vm", "adopt", name, "--qmp", &hand.qmp_path()]))?;
@@ -303,7 +363,10 @@ pub fn cut_short(c: &Context<'_>) -> Result<()> {
         std::thread::sleep(Duration::from_millis(2));
     }
     let jobs = mine.execute("query-block-jobs", json!({}))?;
-    ensure!(jobs.pointer("/0/ready") == Some(&Value::Bool(false)), "the mirror was too fast to be cut short: {jobs}");
+    ensure!(
+        jobs.pointer("/0/ready") == Some(&Value::Bool(false)),
+        "the mirror was too fast to be cut short: {jobs}"
+    );
     drop(mine);
     host.kill_agent()?;
     host.start_agent(c.program)?;

@@ -13,7 +13,7 @@ use crate::tcp::Client;
 pub const ANY_VERSION: [&str; 2] = ["eight hosts boot", "an agent's memory"];
 
 /// In the order they run.
-pub const ALL: [Scenario; 15] = [
+pub const ALL: [Scenario; 16] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("twenty moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("twenty moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -22,6 +22,7 @@ pub const ALL: [Scenario; 15] = [
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
     ("adopt: a QEMU started by hand moves in mode A", adopt::adopted_in_mode_a),
     ("adopt: a QEMU with private memory moves in mode B, then in mode A", adopt::adopted_in_mode_b),
+    ("adopt: a volume of ours stays on its device", adopt::adopted_with_a_volume),
     ("adopt: what cannot be taken over is refused, by name", adopt::refusals),
     ("adopt: cut short, it is undone", adopt::cut_short),
     ("everything is killed at every step", kill::everything_is_killed_at_every_step),

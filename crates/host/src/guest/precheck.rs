@@ -247,6 +247,10 @@ impl HostFacts {
                  or later and the right to userfaultfd"
             )
         };
-        Self { tracking_missing: uffd::probe_tracking().err().map(words), disk_sockets: Vec::new(), disks_follow: false }
+        Self {
+            tracking_missing: uffd::probe_tracking().err().map(words),
+            disk_sockets: Vec::new(),
+            disks_follow: false,
+        }
     }
 }

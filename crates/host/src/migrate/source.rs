@@ -362,8 +362,8 @@ impl SourceSide {
                     format!("stop I/O of volume {}: {} requests did not end", disk.volume, disk.unfinished()),
                 ));
             }
-            let slot = disk.slot.clone();
-            let fenced = tokio::task::spawn_blocking(move || slot.fence(FENCE_LIMIT)).await;
+            let fence = disk.fence(FENCE_LIMIT);
+            let fenced = tokio::task::spawn_blocking(fence).await;
             fenced
                 .map_err(|error| Error::with_source(ErrorKind::Internal, "fence a disk", error))?
                 .with_context(|| format!("fence volume {}", disk.volume))?;
@@ -478,7 +478,10 @@ impl SourceSide {
             }
             for path in vm.foreign_ram().await {
                 let why = "whoever started the VM made it";
-                self.task.note(format!("RAM file {} is left: {why}; remove it when it is of no use", path.display()));
+                self.task.note(format!(
+                    "RAM file {} is left: {why}; remove it when it is of no use",
+                    path.display()
+                ));
             }
             self.shared.vms.forget(&vm).await;
         }

@@ -126,7 +126,9 @@ impl Vms {
         }
         // A file may be longer than the block in it; the one at the target must be like it.
         let ours = report.ram.iter().find(|block| block.moved_by == MovedBy::Us);
-        if let Some(length) = ours.and_then(|block| std::fs::metadata(block.path.as_ref()?).ok()).map(|file| file.len()) {
+        if let Some(length) =
+            ours.and_then(|block| std::fs::metadata(block.path.as_ref()?).ok()).map(|file| file.len())
+        {
             plan.memory_bytes = length;
         }
         let volumes = (0..plan.disks.len()).map(|number| match plan.disks.get(number) {
@@ -182,11 +184,12 @@ impl Vms {
             }
         }
         vm.let_go(self.config(), &self.shared.volumes, |volume| lent.contains(volume));
-        let mut here = self.shared.here.lock();
-        if here.get(&vm.name).is_some_and(|other| Arc::ptr_eq(other, vm)) {
-            here.remove(&vm.name);
+        {
+            let mut here = self.shared.here.lock();
+            if here.get(&vm.name).is_some_and(|other| Arc::ptr_eq(other, vm)) {
+                here.remove(&vm.name);
+            }
         }
-        drop(here);
         self.remove_records(&vm.name, vm.id, &vm.spec).await;
     }
 
@@ -264,12 +267,16 @@ impl Adoption {
                 return Err(error);
             }
             self.settle(&vm, &record).await?;
-            return Err(error.hint("a disk is still on its file: the VM is registered, and cannot be moved like this"));
+            return Err(error
+                .hint("a disk is still on its file: the VM is registered, and cannot be moved like this"));
         }
         self.settle(&vm, &record).await?;
         drop(busy);
         for path in vm.foreign_ram().await {
-            task.note(format!("RAM file {} belongs to whoever made it: it is left when the VM moves away", path.display()));
+            task.note(format!(
+                "RAM file {} belongs to whoever made it: it is left when the VM moves away",
+                path.display()
+            ));
         }
         for mirror in &mirrors {
             task.note(format!("{} is no longer used: the disk is on a volume", mirror.drive.source));
@@ -320,8 +327,7 @@ impl Adoption {
             };
             for volume in &self.spec.volumes {
                 let what = format!("volume {volume}");
-                let found =
-                    records::must::<VolumeRecord>(&*shared.meta, &key::volume(volume), &what).await?;
+                let found = records::must::<VolumeRecord>(&*shared.meta, &key::volume(volume), &what).await?;
                 let attached = VolumeRecord { attached_to: Some(name.clone()), ..found.value.clone() };
                 change = change.replace(&found, &attached)?;
             }
@@ -403,12 +409,15 @@ impl Adoption {
 
     fn mirrors(&self) -> Vec<Mirror> {
         let disks = self.plan.disks.iter().zip(&self.plan.foreign.disks).enumerate();
-        let mirror = |(index, (planned, wanted)): (usize, (&PlannedDisk, &whimbrel_wire::foreign::ForeignDisk))| match planned {
-            PlannedDisk::Drive(drive) => {
-                Some(Mirror { job: job_name(index), node: wanted.id.clone(), drive: drive.clone() })
-            }
-            PlannedDisk::Ours { .. } => None,
-        };
+        let mirror =
+            |(index, (planned, wanted)): (usize, (&PlannedDisk, &whimbrel_wire::foreign::ForeignDisk))| {
+                match planned {
+                    PlannedDisk::Drive(drive) => {
+                        Some(Mirror { job: job_name(index), node: wanted.id.clone(), drive: drive.clone() })
+                    }
+                    PlannedDisk::Ours { .. } => None,
+                }
+            };
         disks.filter_map(mirror).collect()
     }
 
@@ -417,7 +426,8 @@ impl Adoption {
         task.phase("mirror");
         for mirror in mirrors {
             let disk = vm.disks.iter().zip(nodes_of(&vm.spec)).find(|(_, node)| *node == mirror.node);
-            let (disk, _) = disk.ok_or_else(|| Error::new(ErrorKind::Internal, "mirror a disk: it has no volume"))?;
+            let (disk, _) =
+                disk.ok_or_else(|| Error::new(ErrorKind::Internal, "mirror a disk: it has no volume"))?;
             let node = foreign::nbd_node(&mirror.node, &disk.socket.to_string_lossy(), disk.volume.as_str());
             self.qmp.execute::<Value>("blockdev-add", node).await?;
             let order = json!({
@@ -580,6 +590,7 @@ async fn drop_nodes(qmp: &Qmp, nodes: &[String]) {
 /// Block nodes that devices read and write.
 async fn nodes_in_use(qmp: &Qmp) -> Result<BTreeSet<String>> {
     let drives: Vec<Value> = qmp.execute("query-block", json!({})).await?;
-    let node = |drive: &Value| drive.pointer("/inserted/node-name").and_then(Value::as_str).map(str::to_owned);
+    let node =
+        |drive: &Value| drive.pointer("/inserted/node-name").and_then(Value::as_str).map(str::to_owned);
     Ok(drives.iter().filter_map(node).collect())
 }

@@ -30,6 +30,8 @@ use crate::volume::Volumes;
 const QMP_LIMIT: Duration = Duration::from_secs(10);
 /// How much of QEMU's log is told when it ended by itself.
 const LAST_WORDS_BYTES: usize = 1000;
+/// How long a guest's request over NBD waits for a disk that is between two hosts; an error is the last resort.
+const DISK_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long a running request of a disk has to end before its volume is closed.
 const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -103,6 +105,16 @@ impl VmDisk {
         match &*self.server.lock() {
             Some(DiskServer::VhostUser(server)) => server.unfinished(),
             Some(DiskServer::Nbd(_)) | None => 0,
+        }
+    }
+
+    /// What stops the service; may wait. Over NBD QEMU flushes once more while it saves its devices, and must not wait
+    /// for a disk that is fenced by then.
+    pub fn fence(&self, limit: Duration) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let (slot, kind) = (self.slot.clone(), self.kind);
+        move || match kind {
+            DiskKind::Nbd => slot.fence_durably(limit),
+            DiskKind::VhostUserBlk => slot.fence(limit),
         }
     }
 
@@ -325,10 +337,16 @@ impl LocalVm {
             start_time: id.start_time,
             boot_id: id.boot_id.clone(),
             qmp: self.qmp_path.to_string_lossy().into_owned(),
-            ram_path: self.ram_path.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            ram_path: self
+                .ram_path
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
             incoming,
             disk_sockets: self.disks.iter().map(|disk| disk.socket.to_string_lossy().into_owned()).collect(),
-            console: Some(self.console.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default()),
+            console: Some(
+                self.console.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            ),
             adopting: self.adopting.load(Ordering::Acquire),
         };
         let path = record_path(config, &self.name);
@@ -525,7 +543,12 @@ pub(super) async fn serve(
     let foreign = spec.foreign.as_ref().and_then(|foreign| foreign.disks.get(index));
     let server = match foreign.map(|disk| disk.bus) {
         Some(ForeignBus::Nbd) => {
-            let options = NbdOptions { name: name.as_str().to_owned(), owner, ..NbdOptions::default() };
+            let options = NbdOptions {
+                name: name.as_str().to_owned(),
+                owner,
+                disk_patience: DISK_PATIENCE,
+                ..NbdOptions::default()
+            };
             DiskServer::Nbd(NbdServer::start(&socket, slot, options)?)
         }
         // A disk that was attached by hand has no serial number, and gets none later.

@@ -49,11 +49,23 @@ async fn by_hand(qemu: &QemuBinary, args: &[&str]) -> ByHand {
     for dir in &qemu.firmware {
         command.arg("-L").arg(dir);
     }
-    command.args(["-M", "q35,accel=tcg,memory-backend=mem", "-cpu", "qemu64", "-nic", "none", "-display", "none"]);
+    command.args([
+        "-M",
+        "q35,accel=tcg,memory-backend=mem",
+        "-cpu",
+        "qemu64",
+        "-nic",
+        "none",
+        "-display",
+        "none",
+    ]);
     command.args(["-m", &format!("{RAM_KIB}k"), "-kernel", &kernel.to_string_lossy()]);
     command.args([
         "-object",
-        &format!("memory-backend-file,id=mem,size={RAM_KIB}k,mem-path={},share=on,prealloc=off", ram.display()),
+        &format!(
+            "memory-backend-file,id=mem,size={RAM_KIB}k,mem-path={},share=on,prealloc=off",
+            ram.display()
+        ),
     ]);
     command.args(["-qmp", "unix:qmp,server=on,wait=off"]).args(args).current_dir(files.path());
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
@@ -71,7 +83,8 @@ async fn plan_for(vm: &ByHand) -> Plan {
     assert_eq!(process.pid(), vm.child.id());
     let facts = HostFacts { disks_follow: true, ..HostFacts::probe() };
     let report = precheck(&vm.qmp, &process, &facts).await.unwrap();
-    let facts = foreign::collect(&vm.qmp, &process, &report, std::collections::BTreeMap::new()).await.unwrap();
+    let facts =
+        foreign::collect(&vm.qmp, &process, &report, std::collections::BTreeMap::new()).await.unwrap();
     foreign::rewrite(&foreign::words_of(&process).unwrap(), &facts)
 }
 
@@ -135,14 +148,40 @@ async fn the_state_of_one_started_by_hand_fits_its_equal() {
     let node = r#"{"driver":"raw","node-name":"node-b","file":{"driver":"file","filename":"b"}}"#;
     let lines: [&[&str]; 2] = [
         &[
-            "-drive", "file=a,format=raw,if=virtio,werror=stop", "-device", "virtio-rng-pci", "-blockdev", node,
-            "-device", stated, "-device", "virtio-balloon-pci,id=balloon",
+            "-drive",
+            "file=a,format=raw,if=virtio,werror=stop",
+            "-device",
+            "virtio-rng-pci",
+            "-blockdev",
+            node,
+            "-device",
+            stated,
+            "-device",
+            "virtio-balloon-pci,id=balloon",
         ],
         &[
-            "-nographic", "-smp", "1", "-drive", "file=b,format=raw,if=none,id=d,cache=writethrough", "-device",
-            "virtio-serial-pci", "-device", "virtio-blk-pci,drive=d,addr=0x9", "-chardev",
-            "socket,id=port,path=port.sock,server=on,wait=off", "-device", "virtserialport,chardev=port,name=p",
-            "-monitor", "none", "-serial", "file:serial.log", "-rtc", "base=utc", "-usb", "-device", "usb-tablet",
+            "-nographic",
+            "-smp",
+            "1",
+            "-drive",
+            "file=b,format=raw,if=none,id=d,cache=writethrough",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtio-blk-pci,drive=d,addr=0x9",
+            "-chardev",
+            "socket,id=port,path=port.sock,server=on,wait=off",
+            "-device",
+            "virtserialport,chardev=port,name=p",
+            "-monitor",
+            "none",
+            "-serial",
+            "file:serial.log",
+            "-rtc",
+            "base=utc",
+            "-usb",
+            "-device",
+            "usb-tablet",
         ],
     ];
     for qemu in qemus().await {
@@ -169,10 +208,17 @@ async fn the_state_of_one_started_by_hand_fits_its_equal() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_plugged_in_or_out_since_the_start_is_found() {
     for qemu in qemus().await {
-        let args = ["-device", "pcie-root-port,id=port,chassis=1", "-device", "qemu-xhci,id=usb", "-device", "usb-kbd,id=kbd,bus=usb.0"];
+        let args = [
+            "-device",
+            "pcie-root-port,id=rp,chassis=1",
+            "-device",
+            "qemu-xhci,id=usb",
+            "-device",
+            "usb-kbd,id=kbd,bus=usb.0",
+        ];
         let hand = by_hand(&qemu, &args).await;
         assert_eq!(plan_for(&hand).await.refusals, Vec::<String>::new());
-        let late = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "port" });
+        let late = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "rp" });
         hand.qmp.execute::<Value>("device_add", late).await.unwrap();
         hand.qmp.execute::<Value>("device_del", json!({ "id": "kbd" })).await.unwrap();
         let refusals = plan_for(&hand).await.refusals;

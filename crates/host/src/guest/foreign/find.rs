@@ -23,9 +23,8 @@ pub async fn process_behind(qmp: &Qmp) -> Result<QemuProcess> {
     let action = || format!("find the process behind {}", qmp.path().display());
     let cpus: Vec<Value> = qmp.execute("query-cpus-fast", json!({})).await?;
     let thread = cpus.first().and_then(|cpu| cpu.get("thread-id")).and_then(Value::as_u64);
-    let thread = thread.ok_or_else(|| {
-        Error::new(ErrorKind::Unsupported, format!("{}: QEMU names no thread", action()))
-    })?;
+    let thread = thread
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("{}: QEMU names no thread", action())))?;
     let has_thread = |pid: u32| Path::new(&format!("/proc/{pid}/task/{thread}")).exists();
     if let Some(pid) = qmp.peer_pid().filter(|pid| has_thread(*pid)) {
         return QemuProcess::open(pid).with_context(action);

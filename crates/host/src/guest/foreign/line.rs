@@ -70,7 +70,8 @@ fn argument(line: &mut Line, plan: &LaunchPlan, foreign: &ForeignSpec, arg: &For
         }
         ForeignArg::Screen => line.pair("-vnc", format!("unix:{}", quoted_path(&plan.screen_path()))),
         ForeignArg::Tap { net, id } => {
-            let tap = plan.taps.get(*net as usize).ok_or_else(|| corrupt(plan, "there is no such network"))?;
+            let tap =
+                plan.taps.get(*net as usize).ok_or_else(|| corrupt(plan, "there is no such network"))?;
             line.pair("-netdev", format!("tap,id={id},fd={},vhost=off", tap.as_raw_fd()));
         }
         ForeignArg::Disk(number) => {

@@ -16,16 +16,18 @@
 //!
 //! Not here: gathering what is known (`facts`), the words of one host (`line`).
 
+mod channels;
+mod disks;
+
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use whimbrel_wire::Name;
-use whimbrel_wire::foreign::{ForeignArg, ForeignBus, ForeignDisk, ForeignSpec};
+use whimbrel_wire::foreign::{ForeignArg, ForeignSpec};
 use whimbrel_wire::meta::NetSpec;
 
 use super::argv::{Opt, Props, split};
 use super::facts::{Device, Drive, Facts};
-use crate::guest::launch::{DISKS_MAX, NETS_MAX};
 
 /// What comes of a command line.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,19 +70,73 @@ pub enum PlannedDisk {
 
 /// Options that only concern the host QEMU runs on, and are ours to give.
 const DROPPED: &[&str] = &[
-    "D", "L", "S", "d", "daemonize", "gdb", "incoming", "loadvm", "mem-path", "mem-prealloc", "monitor", "name",
-    "no-quit", "no-shutdown", "pidfile", "preconfig", "qmp", "qmp-pretty", "runas", "run-with", "s", "trace",
-    "full-screen", "alt-grab", "g", "blockdev",
+    "D",
+    "L",
+    "S",
+    "d",
+    "daemonize",
+    "gdb",
+    "incoming",
+    "loadvm",
+    "mem-path",
+    "mem-prealloc",
+    "monitor",
+    "name",
+    "no-quit",
+    "no-shutdown",
+    "pidfile",
+    "preconfig",
+    "qmp",
+    "qmp-pretty",
+    "runas",
+    "run-with",
+    "s",
+    "trace",
+    "full-screen",
+    "alt-grab",
+    "g",
+    "blockdev",
 ];
 /// Options that are the same on every host.
 const SAME: &[&str] = &[
-    "action", "boot", "compat", "cpu", "enable-kvm", "global", "icount", "k", "m", "msg", "no-acpi",
-    "no-fd-bootchk", "no-hpet", "no-reboot", "no-user-config", "nodefaults", "nodefconfig", "nographic", "numa",
-    "only-migratable", "overcommit", "prom-env", "rtc", "sandbox", "seed", "smp", "tb-size", "usb", "uuid", "vga",
-    "watchdog", "watchdog-action", "win2k-hack", "append",
+    "action",
+    "boot",
+    "compat",
+    "cpu",
+    "enable-kvm",
+    "global",
+    "icount",
+    "k",
+    "m",
+    "msg",
+    "no-acpi",
+    "no-fd-bootchk",
+    "no-hpet",
+    "no-reboot",
+    "no-user-config",
+    "nodefaults",
+    "nodefconfig",
+    "nographic",
+    "numa",
+    "only-migratable",
+    "overcommit",
+    "prom-env",
+    "rtc",
+    "sandbox",
+    "seed",
+    "smp",
+    "tb-size",
+    "usb",
+    "uuid",
+    "vga",
+    "watchdog",
+    "watchdog-action",
+    "win2k-hack",
+    "append",
 ];
 /// Objects that are the same on every host.
-const OBJECTS: &[&str] = &["iothread", "rng-random", "rng-builtin", "cryptodev-backend-builtin", "thread-context"];
+const OBJECTS: &[&str] =
+    &["iothread", "rng-random", "rng-builtin", "cryptodev-backend-builtin", "thread-context"];
 /// Properties of a RAM object that any host can keep.
 const RAM_PROPS: &[&str] =
     &["id", "size", "merge", "dump", "reserve", "x-use-canonical-path-for-ramblock-id", "qom-type"];
@@ -116,7 +172,8 @@ const TIED: &[(&str, &str)] = &[
 /// See the module's charter. `words` leaves the program's name out.
 pub fn rewrite(words: &[String], facts: &Facts) -> Plan {
     let (options, strange) = split(words);
-    let mut work = Work { facts, options: &options, plan: Plan::default(), seen: BTreeSet::new(), serials: 0 };
+    let mut work =
+        Work { facts, options: &options, plan: Plan::default(), seen: BTreeSet::new(), serials: 0 };
     work.plan.refusals = strange;
     work.plan.cpu = facts.cpu.clone();
     work.memory();
@@ -157,7 +214,9 @@ impl Work<'_> {
 
     fn of(&self, name: &str, implied: &str) -> Vec<(Opt, Props)> {
         let named = self.options.iter().filter(|option| option.name == name);
-        named.filter_map(|option| Some((option.clone(), Props::parse(option.text(), implied).ok()?))).collect()
+        named
+            .filter_map(|option| Some((option.clone(), Props::parse(option.text(), implied).ok()?)))
+            .collect()
     }
 
     /// The properties of an option; a reason if they cannot be read.
@@ -215,9 +274,14 @@ impl Work<'_> {
             }
             "pflash" => self.refuse(option, "firmware in a file of this host is not carried along"),
             "hda" | "hdb" | "hdc" | "hdd" | "mtdblock" | "sd" => {
-                self.refuse(option, "only virtio-blk-pci disks can be taken over: state it as -drive if=virtio");
+                self.refuse(
+                    option,
+                    "only virtio-blk-pci disks can be taken over: state it as -drive if=virtio",
+                );
             }
-            "cdrom" | "fda" | "fdb" => self.refuse(option, "a medium in a file of this host: start without it"),
+            "cdrom" | "fda" | "fdb" => {
+                self.refuse(option, "a medium in a file of this host: start without it")
+            }
             "snapshot" => self.refuse(option, "what the guest writes is thrown away at its end"),
             "readconfig" => self.refuse(option, "what the file says is not on the command line"),
             "set" => self.refuse(option, "give the property with its device"),
@@ -230,7 +294,8 @@ impl Work<'_> {
     fn memory(&mut self) {
         let objects = self.of("object", "qom-type");
         let kind = |props: &Props| props.get("qom-type").unwrap_or_default();
-        let backends: Vec<_> = objects.iter().filter(|(_, props)| kind(props).starts_with("memory-backend-")).collect();
+        let backends: Vec<_> =
+            objects.iter().filter(|(_, props)| kind(props).starts_with("memory-backend-")).collect();
         let facts = self.facts;
         let named = |id: &str| {
             let is = |(name, _): &&(String, u64)| name == id || name.strip_prefix("/objects/") == Some(id);
@@ -335,313 +400,6 @@ impl Work<'_> {
         }
     }
 
-    fn virtio_blk(&mut self, option: &Opt, mut props: Props, fact: &Device, drive: &Drive, name: &str) {
-        let Some(node) = self.disk(&option.shown(), drive) else { return };
-        props.set("drive", node);
-        self.keep_geometry(&mut props, fact);
-        // What a -drive says of its device.
-        let legacy = self.of("drive", "file").into_iter().find(|(_, drive)| drive.get("id").as_deref() == Some(name));
-        if let Some((option, legacy)) = legacy
-            && !self.inherit(&option, &legacy, &mut props)
-        {
-            return;
-        }
-        self.push(ForeignArg::Words(vec!["-device".to_owned(), props.text()]));
-    }
-
-    /// Gives a device what its `-drive` said of it; whether that could be done.
-    fn inherit(&mut self, option: &Opt, drive: &Props, device: &mut Props) -> bool {
-        for key in ["werror", "rerror"] {
-            if let Some(value) = drive.get(key) {
-                device.set(key, value);
-            }
-        }
-        if matches!(drive.get("cache").as_deref(), Some("writethrough" | "directsync")) {
-            device.set("write-cache", "off");
-        }
-        let throttled = |key: &String| {
-            key.starts_with("throttling.") || ["bps", "iops"].iter().any(|word| key.starts_with(word))
-        };
-        if drive.names().iter().any(throttled) {
-            self.refuse(option, "limits of a drive are not kept: start without them");
-            return false;
-        }
-        true
-    }
-
-    fn keep_geometry(&mut self, props: &mut Props, fact: &Device) {
-        if let Some([cyls, heads, secs]) = fact.geometry {
-            for (key, value) in [("cyls", cyls), ("heads", heads), ("secs", secs)] {
-                props.set(key, value);
-            }
-        }
-    }
-
-    /// Plans a volume for a drive; the name of its block node from then on.
-    fn disk(&mut self, shown: &str, drive: &Drive) -> Option<String> {
-        let why = if drive.read_only {
-            "a read-only disk in a file of this host is not carried along"
-        } else if drive.size_bytes == 0 || !drive.size_bytes.is_multiple_of(512) {
-            "its size is not a multiple of 512 bytes"
-        } else if self.plan.disks.len() >= DISKS_MAX {
-            "there are too many disks"
-        } else if self.plan.disks.iter().any(|disk| matches!(disk, PlannedDisk::Drive(other) if other.node == drive.node))
-        {
-            "two devices share its drive"
-        } else {
-            let number = self.plan.disks.len();
-            let node = format!("whimbrel-disk{number}");
-            self.plan.disks.push(PlannedDisk::Drive(drive.clone()));
-            self.plan.foreign.disks.push(ForeignDisk { bus: ForeignBus::Nbd, id: node.clone(), queues: 1 });
-            self.push(ForeignArg::Disk(u32::try_from(number).unwrap_or(u32::MAX)));
-            return Some(node);
-        };
-        self.plan.refusals.push(format!("{shown}: drive {} ({}): {why}", drive.root(), drive.source));
-        None
-    }
-
-    fn vhost_user_blk(&mut self, option: &Opt, props: &Props, fact: &Device) {
-        let id = props.get("chardev").unwrap_or_default();
-        let chardev = self.of("chardev", "backend").into_iter().find(|(_, chardev)| chardev.get("id").as_deref() == Some(&id));
-        let Some((_, chardev)) = chardev else {
-            return self.refuse(option, "its chardev is not on the command line");
-        };
-        let socket = PathBuf::from(chardev.get("path").unwrap_or_default());
-        let Some(volume) = self.facts.own_sockets.get(&socket) else {
-            return self.refuse(option, format!("{} is not a volume that this agent shows", socket.display()));
-        };
-        if chardev.get("reconnect").is_none() && chardev.get("reconnect-ms").is_none() {
-            let why = format!("add reconnect=1 to chardev {id}: else the disk is lost when the agent restarts");
-            return self.refuse(option, why);
-        }
-        if self.plan.disks.len() >= DISKS_MAX {
-            return self.refuse(option, "there are too many disks");
-        }
-        let number = u32::try_from(self.plan.disks.len()).unwrap_or(u32::MAX);
-        self.plan.disks.push(PlannedDisk::Ours { volume: volume.clone(), socket });
-        let queues = fact.queues.unwrap_or(1);
-        self.plan.foreign.disks.push(ForeignDisk { bus: ForeignBus::VhostUserBlk, id, queues });
-        self.push(ForeignArg::Disk(number));
-        self.push(ForeignArg::Words(option.words()));
-    }
-
-    fn drive(&mut self, option: &Opt) {
-        let Some(props) = self.props(option, "file") else { return };
-        match props.get("if").as_deref() {
-            Some("virtio") => return,
-            Some("pflash") => {
-                return self.refuse(option, "firmware in a file of this host is not carried along");
-            }
-            _ => {}
-        }
-        let is_cd = props.get("media").as_deref() == Some("cdrom");
-        let id = props.get("id").unwrap_or_default();
-        let facts = self.facts;
-        let medium = facts.drives.iter().find(|drive| !id.is_empty() && drive.name == id);
-        if props.get("if").as_deref() == Some("none") {
-            // One with a medium is its device's to deal with.
-            if medium.is_none() && is_cd {
-                self.push(ForeignArg::Words(vec!["-drive".to_owned(), without_medium(&props).text()]));
-            }
-        } else if is_cd && medium.is_none() && props.get("file").is_none() {
-            self.push(ForeignArg::Words(option.words()));
-        } else if is_cd {
-            self.refuse(option, "a medium in a file of this host: start without it");
-        } else {
-            self.refuse(option, "only virtio-blk-pci disks can be taken over: say if=virtio");
-        }
-    }
-
-    /// Devices that QEMU made for `-drive if=virtio`: stated as what they are, at the end of the list as QEMU does it.
-    fn implicit_disks(&mut self) {
-        let mut next = 0_u32;
-        for (option, props) in self.of("drive", "file") {
-            if props.get("if").as_deref() != Some("virtio") {
-                continue;
-            }
-            let index = props.get("index").and_then(|text| text.parse().ok()).unwrap_or(next);
-            next = index + 1;
-            let name = props.get("id").unwrap_or_else(|| format!("virtio{index}"));
-            let facts = self.facts;
-            let fact = facts.devices.iter().find(|device| {
-                device.id.is_none() && device.drive.as_ref() == Some(&name) && is_virtio_blk(&device.kind)
-            });
-            let medium = facts.drives.iter().find(|drive| drive.name == name);
-            let (Some(fact), Some(medium)) = (fact, medium) else {
-                self.refuse(&option, format!("QEMU has no virtio-blk device for drive {name}"));
-                continue;
-            };
-            self.seen.insert(fact.path.clone());
-            let Some(addr) = fact.addr else {
-                self.refuse(&option, "its device has no PCI address");
-                continue;
-            };
-            let Some(node) = self.disk(&option.shown(), medium) else { continue };
-            let place = format!("bus={},addr={:#x}.{:#x}", fact.bus, addr >> 3, addr & 7);
-            let text = format!("driver=virtio-blk-pci,drive={node},{place}");
-            let Ok(mut device) = Props::parse(&text, "driver") else { continue };
-            self.keep_geometry(&mut device, fact);
-            if self.inherit(&option, &props, &mut device) {
-                self.push(ForeignArg::Words(vec!["-device".to_owned(), device.text()]));
-            }
-        }
-    }
-
-    fn chardev(&mut self, option: &Opt) {
-        let Some(props) = self.props(option, "backend") else { return };
-        let id = props.get("id").unwrap_or_default();
-        let backend = props.get("backend").unwrap_or_default();
-        let path = props.get("path").map(PathBuf::from);
-        let mux = props.is_on("mux");
-        let used_by_disk = |(_, device): &(Opt, Props)| {
-            device.get("chardev").as_deref() == Some(&id)
-                && device.get("driver").is_some_and(|kind| kind.starts_with("vhost-user-blk"))
-        };
-        if self.of("device", "driver").iter().any(used_by_disk) {
-            return;
-        }
-        match backend.as_str() {
-            "null" | "ringbuf" | "memory" => self.push(ForeignArg::Words(option.words())),
-            "socket" if props.get("host").is_some() || props.get("port").is_some() => {
-                self.refuse(option, "a network address of this host: use a unix socket");
-            }
-            "socket" if props.is_on("server") => {
-                let console = self.is_console(&id, path.clone());
-                let file = self.file_name(path.as_deref(), &id, "sock");
-                self.push(ForeignArg::Socket { id, file, mux, console });
-            }
-            "socket" => self.refuse(option, "it connects to another program of this host"),
-            "stdio" | "pty" | "vc" => {
-                let console = self.is_console(&id, None);
-                let file = self.file_name(None, &id, "sock");
-                self.push(ForeignArg::Socket { id, file, mux, console });
-            }
-            "file" => {
-                let file = self.file_name(path.as_deref(), &id, "log");
-                self.push(ForeignArg::Log { id, file });
-            }
-            _ => self.refuse(option, "a chardev of this kind belongs to this host"),
-        }
-    }
-
-    /// Whether a chardev is that of the first serial port; notes its socket.
-    fn is_console(&mut self, id: &str, path: Option<PathBuf>) -> bool {
-        let serials = self.options.iter().filter(|option| option.name == "serial");
-        let mut ports: Vec<String> =
-            serials.filter_map(|option| option.text().strip_prefix("chardev:").map(str::to_owned)).collect();
-        for (_, device) in self.of("device", "driver") {
-            if device.get("driver").as_deref() == Some("isa-serial") {
-                ports.extend(device.get("chardev"));
-            }
-        }
-        let is_console = ports.first().is_some_and(|port| port == id);
-        if is_console {
-            self.plan.console = path;
-        }
-        is_console
-    }
-
-    /// The name a socket or file has here, for any host; made from the id if that is none of its own.
-    fn file_name(&self, path: Option<&Path>, id: &str, extension: &str) -> String {
-        let taken = |name: &str| {
-            self.plan.foreign.args.iter().any(|arg| match arg {
-                ForeignArg::Socket { file, .. } | ForeignArg::Log { file, .. } => file == name,
-                _ => false,
-            })
-        };
-        // Ours begin with other words than these.
-        let ours = |name: &str| {
-            ["qmp", "console", "qemu", "disk", "vnc"].iter().any(|word| name.starts_with(word)) || name.starts_with('.')
-        };
-        let name = path.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
-        if let Some(name) = name
-            && !taken(&name)
-            && !ours(&name)
-        {
-            return name;
-        }
-        let safe: String =
-            id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
-        format!("chardev-{safe}.{extension}")
-    }
-
-    fn serial(&mut self, option: &Opt) {
-        let (number, text) = (self.serials, option.text());
-        self.serials += 1;
-        if text.starts_with("chardev:") || text == "none" || text == "null" {
-            return self.push(ForeignArg::Words(option.words()));
-        }
-        let (id, console) = (format!("whimbrel-serial{number}"), number == 0);
-        if let Some(path) = text.strip_prefix("unix:") {
-            let path = PathBuf::from(path.split(',').next().unwrap_or_default());
-            if console {
-                self.plan.console = Some(path.clone());
-            }
-            let file = self.file_name(Some(&path), &id, "sock");
-            self.push(ForeignArg::Socket { id: id.clone(), file, mux: false, console });
-        } else if matches!(text, "stdio" | "mon:stdio" | "pty") || text.starts_with("vc") {
-            let file = self.file_name(None, &id, "sock");
-            self.push(ForeignArg::Socket { id: id.clone(), file, mux: false, console });
-        } else if let Some(path) = text.strip_prefix("file:") {
-            let file = self.file_name(Some(Path::new(path)), &id, "log");
-            self.push(ForeignArg::Log { id: id.clone(), file });
-        } else {
-            return self.refuse(option, "a line of this kind belongs to this host: use a unix socket");
-        }
-        self.words(&["-serial", &format!("chardev:{id}")]);
-    }
-
-    fn netdev(&mut self, option: &Opt) {
-        let Some(props) = self.props(option, "type") else { return };
-        let (id, kind) = (props.get("id").unwrap_or_default(), props.get("type").unwrap_or_default());
-        if props.get("queues").is_some_and(|count| count != "1") || props.get("fds").is_some() {
-            return self.refuse(option, "several queues are not supported: use one");
-        }
-        let interface = props.get("fd").and_then(|fd| self.facts.tap_fds.get(&fd).cloned());
-        let interface = interface.or_else(|| props.get("ifname"));
-        let interface = interface.or_else(|| self.facts.tap_names.get(&id).cloned());
-        let bridge = match (kind.as_str(), interface) {
-            ("tap", Some(interface)) => match self.facts.bridges.get(&interface) {
-                Some(bridge) => bridge.clone(),
-                None => {
-                    return self.refuse(option, format!("tap {interface} is not on a bridge of this host"));
-                }
-            },
-            ("tap" | "bridge", _) if props.get("br").is_some() => props.get("br").unwrap_or_default(),
-            ("bridge", None) => "br0".to_owned(),
-            ("tap", None) => return self.refuse(option, "the interface behind the tap cannot be found"),
-            ("user", _) => {
-                return self.refuse(option, "its connections end with this process: use a tap on a bridge");
-            }
-            _ => return self.refuse(option, "a network of this kind belongs to this host: use a tap on a bridge"),
-        };
-        if self.plan.nets.len() >= NETS_MAX {
-            return self.refuse(option, "there are too many networks");
-        }
-        let user = self.of("device", "driver").into_iter().find(|(_, device)| device.get("netdev").as_ref() == Some(&id));
-        let mac = user.and_then(|(_, device)| device.get("mac")).unwrap_or_default();
-        let net = u32::try_from(self.plan.nets.len()).unwrap_or(u32::MAX);
-        self.plan.nets.push(NetSpec { bridge, mac });
-        self.push(ForeignArg::Tap { net, id });
-    }
-
-    fn display(&mut self, option: &Opt) {
-        let kind = option.text().split(',').next().unwrap_or_default();
-        match kind {
-            "vnc" => self.push(ForeignArg::Screen),
-            "none" | "gtk" | "sdl" | "curses" | "cocoa" => self.words(&["-display", "none"]),
-            _ => self.refuse(option, "a screen of this kind belongs to this host: use none or vnc"),
-        }
-    }
-
-    fn audiodev(&mut self, option: &Opt) {
-        match self.props(option, "driver").and_then(|props| props.get("driver")).as_deref() {
-            Some("none") => self.push(ForeignArg::Words(option.words())),
-            Some(_) => self.refuse(option, "sound of this host: use driver none"),
-            None => {}
-        }
-    }
-
     /// The machine and its accelerator, settled; what QEMU adds when it is not told otherwise.
     fn defaults(&mut self) {
         let mut machine = Props::Keys(Vec::new());
@@ -666,7 +424,10 @@ impl Work<'_> {
             }
         }
         machine.set("type", self.facts.machine.clone());
-        if self.plan.foreign.ram_block.is_some() && machine.get("memory-backend").is_none() && !self.memory_by_numa() {
+        if self.plan.foreign.ram_block.is_some()
+            && machine.get("memory-backend").is_none()
+            && !self.memory_by_numa()
+        {
             machine.set("memory-backend", self.ram_object());
         }
         let accel = self.facts.accel.clone();
@@ -728,7 +489,9 @@ impl Work<'_> {
             let planned = |disk: &PlannedDisk| matches!(disk, PlannedDisk::Drive(other) if other == drive);
             let name = drive.root();
             let told = format!("drive {name} (");
-            if !self.plan.disks.iter().any(planned) && !self.plan.refusals.iter().any(|why| why.contains(&told)) {
+            if !self.plan.disks.iter().any(planned)
+                && !self.plan.refusals.iter().any(|why| why.contains(&told))
+            {
                 self.plan.refusals.push(format!(
                     "drive {name} ({}): it is no disk of a virtio-blk-pci device, and a file of this host: start \
                      without it, or eject the medium",
@@ -741,28 +504,27 @@ impl Work<'_> {
             if let Some(count) = count.and_then(|text| text.parse::<u32>().ok())
                 && count != self.facts.vcpus
             {
-                let why = format!("it runs {} processors now: some were plugged after the start", self.facts.vcpus);
+                let why =
+                    format!("it runs {} processors now: some were plugged after the start", self.facts.vcpus);
                 self.refuse(&option.clone(), why);
             }
         }
     }
 }
 
-fn without_medium(props: &Props) -> Props {
-    let mut left = props.clone();
-    for key in ["file", "format", "driver"] {
-        left.remove(key);
-    }
-    left
-}
-
 fn is_virtio_blk(kind: &str) -> bool {
-    matches!(kind, "virtio-blk-pci" | "virtio-blk-pci-non-transitional" | "virtio-blk-pci-transitional" | "virtio-blk")
+    matches!(
+        kind,
+        "virtio-blk-pci" | "virtio-blk-pci-non-transitional" | "virtio-blk-pci-transitional" | "virtio-blk"
+    )
 }
 
 /// The type behind QEMU's short names for devices.
 fn alias(kind: &str) -> String {
-    let virtio = ["blk", "net", "rng", "balloon", "serial", "scsi", "gpu", "keyboard", "mouse", "tablet", "crypto", "iommu"];
+    let virtio = [
+        "blk", "net", "rng", "balloon", "serial", "scsi", "gpu", "keyboard", "mouse", "tablet", "crypto",
+        "iommu",
+    ];
     let short = kind.strip_prefix("virtio-").filter(|rest| virtio.contains(rest));
     match (short, kind) {
         (Some(_), _) => format!("{kind}-pci"),
@@ -774,5 +536,6 @@ fn alias(kind: &str) -> String {
 
 /// Whether a drive is the medium of a device.
 fn is_of(drive: &Drive, device: &Device) -> bool {
-    drive.device == device.path || drive.device.strip_prefix(device.path.as_str()).is_some_and(|rest| rest.starts_with('/'))
+    drive.device == device.path
+        || drive.device.strip_prefix(device.path.as_str()).is_some_and(|rest| rest.starts_with('/'))
 }

@@ -142,29 +142,74 @@ fn libvirts_line_is_understood() {
         device(Some("virtio-disk0"), 1, "virtio-blk-pci", Some("libvirt-1-format")),
     );
     let mut facts = facts();
-    facts.devices = vec![root, blk.clone(), device(Some("net0"), 2, "virtio-net-pci", None), device(Some("serial0"), 4, "isa-serial", None)];
+    facts.devices = vec![
+        root,
+        blk.clone(),
+        device(Some("net0"), 2, "virtio-net-pci", None),
+        device(Some("serial0"), 4, "isa-serial", None),
+    ];
     facts.drives = vec![drive("", "libvirt-1-format", &blk)];
     facts.tap_fds.insert("25".into(), "vnet0".into());
     facts.bridges.insert("vnet0".into(), "virbr0".into());
     let args = [
-        "-name", "guest=x,debug-threads=on", "-S",
-        "-object", r#"{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/master-key.aes"}"#,
-        "-machine", "pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram", "-accel", "tcg", "-cpu", "qemu64",
-        "-m", "size=262144k",
-        "-object", r#"{"qom-type":"memory-backend-memfd","id":"pc.ram","share":true,"x-use-canonical-path-for-ramblock-id":false,"size":268435456,"hugetlb":true}"#,
-        "-overcommit", "mem-lock=off", "-smp", "1,sockets=1,cores=1,threads=1", "-uuid", "c7a5fdbd-edaf-9455-926a-d65c16db1809",
-        "-no-user-config", "-nodefaults",
-        "-chardev", "socket,id=charmonitor,fd=24,server=on,wait=off", "-mon", "chardev=charmonitor,id=monitor,mode=control",
-        "-rtc", "base=utc", "-no-shutdown", "-boot", "strict=on",
-        "-device", r#"{"driver":"pcie-root-port","port":16,"chassis":1,"id":"pci.1","bus":"pcie.0","addr":"0x2"}"#,
-        "-blockdev", r#"{"driver":"file","filename":"/var/lib/x.qcow2","node-name":"libvirt-1-storage","discard":"unmap"}"#,
-        "-blockdev", r#"{"node-name":"libvirt-1-format","read-only":false,"driver":"qcow2","file":"libvirt-1-storage","backing":null}"#,
-        "-device", r#"{"driver":"virtio-blk-pci","bus":"pci.1","addr":"0x0","drive":"libvirt-1-format","id":"virtio-disk0","bootindex":1}"#,
-        "-netdev", r#"{"type":"tap","fd":"25","vhost":true,"vhostfd":"26","id":"hostnet0"}"#,
-        "-device", r#"{"driver":"virtio-net-pci","netdev":"hostnet0","id":"net0","mac":"52:54:00:aa:bb:cc","bus":"pcie.0","addr":"0x3"}"#,
-        "-chardev", "pty,id=charserial0", "-device", r#"{"driver":"isa-serial","chardev":"charserial0","id":"serial0","index":0}"#,
-        "-audiodev", r#"{"id":"audio1","driver":"none"}"#, "-vnc", "127.0.0.1:0,audiodev=audio1", "-display", "none",
-        "-sandbox", "on,obsolete=deny", "-msg", "timestamp=on",
+        "-name",
+        "guest=x,debug-threads=on",
+        "-S",
+        "-object",
+        r#"{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/master-key.aes"}"#,
+        "-machine",
+        "pc-q35-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram",
+        "-accel",
+        "tcg",
+        "-cpu",
+        "qemu64",
+        "-m",
+        "size=262144k",
+        "-object",
+        r#"{"qom-type":"memory-backend-memfd","id":"pc.ram","share":true,"x-use-canonical-path-for-ramblock-id":false,"size":268435456,"hugetlb":true}"#,
+        "-overcommit",
+        "mem-lock=off",
+        "-smp",
+        "1,sockets=1,cores=1,threads=1",
+        "-uuid",
+        "c7a5fdbd-edaf-9455-926a-d65c16db1809",
+        "-no-user-config",
+        "-nodefaults",
+        "-chardev",
+        "socket,id=charmonitor,fd=24,server=on,wait=off",
+        "-mon",
+        "chardev=charmonitor,id=monitor,mode=control",
+        "-rtc",
+        "base=utc",
+        "-no-shutdown",
+        "-boot",
+        "strict=on",
+        "-device",
+        r#"{"driver":"pcie-root-port","port":16,"chassis":1,"id":"pci.1","bus":"pcie.0","addr":"0x2"}"#,
+        "-blockdev",
+        r#"{"driver":"file","filename":"/var/lib/x.qcow2","node-name":"libvirt-1-storage","discard":"unmap"}"#,
+        "-blockdev",
+        r#"{"node-name":"libvirt-1-format","read-only":false,"driver":"qcow2","file":"libvirt-1-storage","backing":null}"#,
+        "-device",
+        r#"{"driver":"virtio-blk-pci","bus":"pci.1","addr":"0x0","drive":"libvirt-1-format","id":"virtio-disk0","bootindex":1}"#,
+        "-netdev",
+        r#"{"type":"tap","fd":"25","vhost":true,"vhostfd":"26","id":"hostnet0"}"#,
+        "-device",
+        r#"{"driver":"virtio-net-pci","netdev":"hostnet0","id":"net0","mac":"52:54:00:aa:bb:cc","bus":"pcie.0","addr":"0x3"}"#,
+        "-chardev",
+        "pty,id=charserial0",
+        "-device",
+        r#"{"driver":"isa-serial","chardev":"charserial0","id":"serial0","index":0}"#,
+        "-audiodev",
+        r#"{"id":"audio1","driver":"none"}"#,
+        "-vnc",
+        "127.0.0.1:0,audiodev=audio1",
+        "-display",
+        "none",
+        "-sandbox",
+        "on,obsolete=deny",
+        "-msg",
+        "timestamp=on",
     ];
     let args: Vec<String> = args.iter().map(|word| (*word).to_owned()).collect();
     let plan = rewrite(&args, &facts);
@@ -176,7 +221,10 @@ fn libvirts_line_is_understood() {
     }
     let object = line.iter().find(|word| word.contains("memory-backend-file")).unwrap();
     let object: serde_json::Value = serde_json::from_str(object).unwrap();
-    assert_eq!((object["share"].as_bool(), object["mem-path"].as_str()), (Some(true), Some("/dev/shm/w,eb.ram")));
+    assert_eq!(
+        (object["share"].as_bool(), object["mem-path"].as_str()),
+        (Some(true), Some("/dev/shm/w,eb.ram"))
+    );
     let disk = line.iter().find(|word| word.contains("virtio-disk0")).unwrap();
     let disk: serde_json::Value = serde_json::from_str(disk).unwrap();
     assert_eq!((disk["drive"].as_str(), disk["bus"].as_str()), (Some("whimbrel-disk0"), Some("pci.1")));
@@ -205,7 +253,10 @@ fn a_volume_of_ours_stays_on_its_device() {
     assert!(matches!(&plan.disks[..], [PlannedDisk::Ours { volume, .. }] if volume.as_str() == "v"));
     assert_eq!((plan.foreign.disks[0].bus, plan.foreign.disks[0].queues), (ForeignBus::VhostUserBlk, 3));
     let started = started(&plan, false);
-    assert!(has(&started, "-chardev", "socket,id=c,path=/run/w/vm/disk0.sock,reconnect-ms=100"), "{started:?}");
+    assert!(
+        has(&started, "-chardev", "socket,id=c,path=/run/w/vm/disk0.sock,reconnect-ms=100"),
+        "{started:?}"
+    );
     let plan = rewrite(&line(""), &facts);
     assert!(plan.refusals[0].contains("reconnect=1 to chardev c"), "{:?}", plan.refusals);
     facts.own_sockets.clear();
@@ -262,7 +313,8 @@ fn every_refusal_names_its_argument() {
     assert!(all.contains("user-mode network") && all.contains("main memory"), "{all}");
     // A drive that no device of the command line explains.
     facts.devices.clear();
-    facts.drives = vec![Drive { device: "/machine/unattached/device[5]".into(), ..drive("ide0-hd0", "n", &blk) }];
+    facts.drives =
+        vec![Drive { device: "/machine/unattached/device[5]".into(), ..drive("ide0-hd0", "n", &blk) }];
     let all = rewrite(&words("-nodefaults -m 256M"), &facts).refusals.join("; ");
     assert!(all.contains("drive ide0-hd0 (/srv/disk.qcow2)"), "{all}");
 }
@@ -290,7 +342,10 @@ fn several_ram_blocks_stay_private_or_are_refused() {
         ))
     };
     let plan = rewrite(&line("memory-backend-ram"), &facts);
-    assert_eq!((plan.refusals.len(), plan.memory_bytes, plan.foreign.ram_block.as_deref()), (0, 256 << 20, None));
+    assert_eq!(
+        (plan.refusals.len(), plan.memory_bytes, plan.foreign.ram_block.as_deref()),
+        (0, 256 << 20, None)
+    );
     let text = started(&plan, false).join(" ");
     assert!(text.contains("memory-backend-ram,id=r1") && !text.contains("memory-backend=r"), "{text}");
     let plan = rewrite(&line("memory-backend-file,mem-path=/dev/shm/r"), &facts);
@@ -303,7 +358,8 @@ fn a_plan_survives_the_record() {
     let mut facts = facts();
     facts.devices = vec![blk.clone()];
     facts.drives = vec![drive("x", "n", &blk)];
-    let line = "-nodefaults -m 256M -drive if=none,id=x,file=/x -device virtio-blk-pci,id=d,drive=x -serial stdio";
+    let line =
+        "-nodefaults -m 256M -drive if=none,id=x,file=/x -device virtio-blk-pci,id=d,drive=x -serial stdio";
     let foreign = rewrite(&words(line), &facts).foreign;
     let text = serde_json::to_string(&foreign).unwrap();
     assert_eq!(serde_json::from_str::<whimbrel_wire::foreign::ForeignSpec>(&text).unwrap(), foreign);

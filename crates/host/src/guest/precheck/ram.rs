@@ -44,8 +44,11 @@ pub(super) async fn blocks(qmp: &Qmp, pid: u32, found: &mut Findings) -> Result<
         let id = listed.name.strip_prefix("/objects/").unwrap_or(&listed.name);
         blocks.push(judge(listed.clone(), backends.get(id), &mappings, qmp.version(), found));
     }
-    let ours: Vec<&str> =
-        blocks.iter().filter(|block| block.moved_by == MovedBy::Us).map(|block| block.name.as_str()).collect();
+    let ours: Vec<&str> = blocks
+        .iter()
+        .filter(|block| block.moved_by == MovedBy::Us)
+        .map(|block| block.name.as_str())
+        .collect();
     match ours.as_slice() {
         [] if found.mode_a.is_empty() => found.mode_a.push("no RAM block is a file".to_owned()),
         [] | [_] => {}

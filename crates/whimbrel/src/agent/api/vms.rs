@@ -24,7 +24,10 @@ pub async fn run(
     JsonBody(request): JsonBody<VmRun>,
 ) -> Answer<Vm> {
     let spec = &request.spec;
-    let local_only = spec.kernel.is_some() || spec.initrd.is_some() || !spec.qemu_args.is_empty() || spec.foreign.is_some();
+    let local_only = spec.kernel.is_some()
+        || spec.initrd.is_some()
+        || !spec.qemu_args.is_empty()
+        || spec.foreign.is_some();
     if local_only && caller != Caller::Local {
         return Err(Error::new(
             ErrorKind::Denied,

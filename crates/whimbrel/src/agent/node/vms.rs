@@ -4,7 +4,9 @@ use whimbrel_engine::migrate::handover;
 use whimbrel_host::records::{self, Versioned};
 use whimbrel_host::{Context as _, Error, ErrorKind, Result};
 use whimbrel_wire::Name;
-use whimbrel_wire::api::{TaskKind, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop};
+use whimbrel_wire::api::{
+    TaskKind, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop,
+};
 use whimbrel_wire::meta::{VmRecord, VmState, VolumeRecord, key};
 
 use super::Node;
