@@ -196,8 +196,8 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn refuse(&mut self, option: &Opt, why: impl AsRef<str>) {
-        self.plan.refusals.push(format!("{}: {}", option.shown(), why.as_ref()));
+    fn refuse(&mut self, option: &Opt, why: &str) {
+        self.plan.refusals.push(format!("{}: {}", option.shown(), why));
     }
 
     fn push(&mut self, arg: ForeignArg) {
@@ -224,7 +224,7 @@ impl Work<'_> {
         match Props::parse(option.text(), implied) {
             Ok(props) => Some(props),
             Err(why) => {
-                self.refuse(option, why);
+                self.refuse(option, &why);
                 None
             }
         }
@@ -414,10 +414,10 @@ impl Work<'_> {
                 let value = props.get(&key).unwrap_or_default();
                 match key.as_str() {
                     "kernel" | "initrd" | "dtb" | "dumpdtb" | "firmware" | "pflash0" | "pflash1" => {
-                        self.refuse(option, format!("{key} is a file of this host"));
+                        self.refuse(option, &format!("{key} is a file of this host"));
                     }
                     "confidential-guest-support" | "memory-encryption" => {
-                        self.refuse(option, format!("{key} is bound to this host's processor"));
+                        self.refuse(option, &format!("{key} is bound to this host's processor"));
                     }
                     _ => machine.set(&key, value),
                 }
@@ -506,7 +506,7 @@ impl Work<'_> {
             {
                 let why =
                     format!("it runs {} processors now: some were plugged after the start", self.facts.vcpus);
-                self.refuse(&option.clone(), why);
+                self.refuse(&option.clone(), &why);
             }
         }
     }

@@ -132,7 +132,7 @@ impl Work<'_> {
             ("tap", Some(interface)) => match self.facts.bridges.get(&interface) {
                 Some(bridge) => bridge.clone(),
                 None => {
-                    return self.refuse(option, format!("tap {interface} is not on a bridge of this host"));
+                    return self.refuse(option, &format!("tap {interface} is not on a bridge of this host"));
                 }
             },
             ("tap" | "bridge", _) if props.get("br").is_some() => props.get("br").unwrap_or_default(),

@@ -106,7 +106,7 @@ impl Work<'_> {
         if chardev.get("reconnect").is_none() && chardev.get("reconnect-ms").is_none() {
             let why =
                 format!("add reconnect=1 to chardev {id}: else the disk is lost when the agent restarts");
-            return self.refuse(option, why);
+            return self.refuse(option, &why);
         }
         if self.plan.disks.len() >= DISKS_MAX {
             return self.refuse(option, "there are too many disks");
@@ -162,7 +162,7 @@ impl Work<'_> {
             });
             let medium = facts.drives.iter().find(|drive| drive.name == name);
             let (Some(fact), Some(medium)) = (fact, medium) else {
-                self.refuse(&option, format!("QEMU has no virtio-blk device for drive {name}"));
+                self.refuse(&option, &format!("QEMU has no virtio-blk device for drive {name}"));
                 continue;
             };
             self.seen.insert(fact.path.clone());
