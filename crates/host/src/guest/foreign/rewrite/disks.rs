@@ -101,7 +101,7 @@ impl Work<'_> {
         let socket = PathBuf::from(chardev.get("path").unwrap_or_default());
         let Some(volume) = self.facts.own_sockets.get(&socket) else {
             return self
-                .refuse(option, format!("{} is not a volume that this agent shows", socket.display()));
+                .refuse(option, &format!("{} is not a volume that this agent shows", socket.display()));
         };
         if chardev.get("reconnect").is_none() && chardev.get("reconnect-ms").is_none() {
             let why =
