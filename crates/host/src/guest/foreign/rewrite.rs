@@ -448,9 +448,7 @@ impl Work<'_> {
         if self.has("nodefaults") {
             return;
         }
-        if !self.has("monitor") || self.has("nographic") {
-            self.words(&["-monitor", "none"]);
-        }
+        self.words(&["-monitor", "none"]);
         if !["net", "nic", "netdev"].iter().any(|name| self.has(name)) {
             let why = "QEMU gave the VM a network card on its user-mode network, whose connections end with this \
                        process: start with -nodefaults or -nic none";
