@@ -113,7 +113,6 @@ impl<'a> Flight<'a> {
         name: &str,
         beats: &[std::path::PathBuf],
         status: &std::path::Path,
-        address: &str,
     ) -> Result<Flight<'a>> {
         let started = Instant::now();
         let receiver = Receiver::on(beats);

@@ -19,9 +19,9 @@
 
 pub mod api;
 pub mod error;
+pub mod foreign;
 #[cfg(test)]
 mod fuzz;
-pub mod foreign;
 pub mod id;
 pub mod meta;
 pub mod peer;

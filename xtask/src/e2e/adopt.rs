@@ -14,7 +14,7 @@ use super::Context;
 use crate::cmd::{self, cmd, output};
 use crate::flight::Flight;
 use crate::guest::APPEND;
-use crate::lab::{Host, port_args};
+use crate::lab::{Host, has_taps, port_args};
 use crate::qmp::Qmp;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -101,16 +101,21 @@ struct Guest<'a> {
 /// Boots the workload in a QEMU started by hand on the first host.
 fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>)> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
-    tap(host, guest.tap)?;
+    let net = has_taps();
+    if net {
+        tap(host, guest.tap)?;
+    }
     let address = c.lab.guest_address();
-    let append = format!("{APPEND} {LOAD} wg.ip={address}");
+    let append = if net { format!("{APPEND} {LOAD} wg.ip={address}") } else { format!("{APPEND} {LOAD}") };
     let (kernel, initrd) = (c.lab.image.kernel.to_string_lossy(), c.lab.image.initrd.to_string_lossy());
     let netdev = format!("tap,id=n0,ifname={},script=no,downscript=no", guest.tap);
     let ports = port_args("{dir}");
     let mut args =
         vec!["-nodefaults", "-smp", "2", "-kernel", &kernel, "-initrd", &initrd, "-append", &append];
     args.extend(guest.memory.iter().chain(guest.disk));
-    args.extend(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:ad:0b:01"]);
+    if net {
+        args.extend(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:ad:0b:01"]);
+    }
     args.extend(["-serial", "unix:{dir}/serial.sock,server=on,wait=off"]);
     args.extend(ports.iter().map(String::as_str));
     let hand = ByHand::start(c, host, guest.name, &args)?;
@@ -121,8 +126,7 @@ fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>
         .enumerate()
         .map(|(at, host)| if at == 0 { hand.dir.join("beat.sock") } else { host.vm_sockets(guest.name).beat })
         .collect();
-    let address = address.split('/').next().unwrap_or_default();
-    let flight = Flight::found(c.lab, 0, guest.name, &sockets, &hand.dir.join("status.sock"), address)?;
+    let flight = Flight::found(c.lab, 0, guest.name, &sockets, &hand.dir.join("status.sock"))?;
     Ok((hand, flight))
 }
 
