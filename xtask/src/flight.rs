@@ -122,15 +122,7 @@ impl<'a> Flight<'a> {
         let boot = started.elapsed();
         let mut status = Status::connect(status, READY_LIMIT)?;
         status.wait_ready(READY_LIMIT)?;
-        Ok(Flight {
-            lab,
-            name: name.to_owned(),
-            at,
-            receiver,
-            status,
-            boot,
-            address: Some(address.to_owned()),
-        })
+        Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address: None })
     }
 
     /// The host it runs on.
