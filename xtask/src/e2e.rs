@@ -9,6 +9,7 @@
 //!
 //! Not here: measuring speed (`bench/`), the simulator's far larger number of faults (`crates/sim`).
 
+mod adopt;
 mod errors;
 mod kill;
 mod memory;

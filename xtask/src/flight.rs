@@ -127,7 +127,7 @@ impl<'a> Flight<'a> {
         let address = self.lab.guest_address();
         let workload = if net { format!("{workload} wg.ip={address}") } else { workload.to_owned() };
         let name = &self.name;
-        let args = VmArgs { name, volume: name, memory_mib, vcpus, workload: &workload, net };
+        let args = VmArgs { name, volumes: &[name], memory_mib, vcpus, workload: &workload, net };
         // A guest that starts anew counts anew.
         self.receiver.forget();
         host.run_vm(&args, &self.lab.image)?;
@@ -138,6 +138,25 @@ impl<'a> Flight<'a> {
         self.status.wait_ready(READY_LIMIT).with_context(|| console(host, name))?;
         self.address = net.then(|| address.split('/').next().unwrap_or_default().to_owned());
         Ok(())
+    }
+
+    /// A VM that was started by hand on host `at`, with its beat and status sockets; `beats` are those of all hosts.
+    pub fn found(
+        lab: &'a Lab,
+        at: usize,
+        name: &str,
+        beats: &[std::path::PathBuf],
+        status: &std::path::Path,
+    ) -> Result<Flight<'a>> {
+        let started = Instant::now();
+        let receiver = Receiver::on(beats);
+        if !receiver.wait_for_beats(1, BOOT_LIMIT) {
+            bail!("vm {name} sent no beat within {BOOT_LIMIT:?}");
+        }
+        let boot = started.elapsed();
+        let mut status = Status::connect(status, READY_LIMIT)?;
+        status.wait_ready(READY_LIMIT)?;
+        Ok(Flight { lab, name: name.to_owned(), at, receiver, status, boot, address: None })
     }
 
     /// The host it runs on.

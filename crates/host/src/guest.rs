@@ -16,6 +16,7 @@
 pub mod binary;
 pub mod device_state;
 pub mod dirty;
+pub mod foreign;
 pub mod inject;
 pub mod launch;
 pub mod precheck;

@@ -42,7 +42,8 @@ use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, VolumeRecord, key
 use whimbrel_wire::{AttemptId, HostId, Name};
 
 use crate::clock;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::guest::inject::{self, Injected};
 use crate::link::{Links, Router};
 use crate::meta::MetaStore;
 use crate::records;
@@ -141,11 +142,16 @@ impl Migrations {
         let vm = shared.vms.must_be_here(name).await?;
         let record =
             records::must::<VmRecord>(&*shared.meta, &key::vm(name), &format!("vm {name}")).await?.value;
-        let offer = self.offer(&vm, &record, request).await?;
         let busy = vm.busy(&format!("move vm {name}"))?;
+        let (offer, tracking) = self.offer(&vm, &record, request).await?;
         let task = shared.tasks.start(TaskKind::Migrate, format!("vm {name}"));
         let id = task.id();
-        SourceSide::start(shared, vm, busy, offer, request, task);
+        let injected = tracking.unwrap_or_else(|why| {
+            tracing::warn!(vm = %name, why, "moved in mode B");
+            task.note(why);
+            None
+        });
+        SourceSide::start(shared, vm, busy, offer, request, task, injected);
         Ok(id)
     }
 
@@ -166,7 +172,7 @@ impl Migrations {
         }
     }
 
-    async fn offer(&self, vm: &LocalVm, record: &VmRecord, request: &VmMigrate) -> Result<Offer> {
+    async fn offer(&self, vm: &LocalVm, record: &VmRecord, request: &VmMigrate) -> Result<(Offer, Tracking)> {
         let shared = &self.shared;
         let (name, to) = (&vm.name, &request.to);
         let action = format!("move vm {name} to host {to}");
@@ -199,7 +205,20 @@ impl Migrations {
             }
         }
         let report = shared.vms.precheck(vm).await?;
+        let strange = report.disks.iter().find(|disk| record.spec.foreign.is_some() && !disk.ours);
+        if let Some(disk) = strange {
+            return refuse(
+                ErrorKind::Refused,
+                format!("disk {} is {}, which is no volume of this VM", disk.id, disk.source),
+            );
+        }
         let mode = match (request.mode, report.mode) {
+            (Some(Mode::B), Some(Mode::A)) if !report.mode_b_reasons.is_empty() => {
+                return refuse(
+                    ErrorKind::Unsupported,
+                    format!("mode B: {}", report.mode_b_reasons.join("; ")),
+                );
+            }
             (_, None) => return refuse(ErrorKind::Unsupported, report.refusals.join("; ")),
             (Some(Mode::A), Some(Mode::B)) => {
                 return refuse(
@@ -210,7 +229,18 @@ impl Migrations {
             (Some(asked), Some(_)) => asked,
             (None, Some(best)) => best,
         };
-        Ok(Offer {
+        // Mode A is offered only when what it takes stands inside QEMU already.
+        let (mode, tracking) = match mode {
+            Mode::B => (Mode::B, Ok(None)),
+            Mode::A => match inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await {
+                Ok(injected) => (Mode::A, Ok(Some(injected))),
+                Err(error) if request.mode.is_none() && report.mode_b_reasons.is_empty() => {
+                    (Mode::B, Err(format!("moved in mode B, because mode A could not begin: {error}")))
+                }
+                Err(error) => return Err(error).with_context(|| action.clone()),
+            },
+        };
+        let offer = Offer {
             attempt: AttemptId(Uuid::new_v4()),
             vm: name.clone(),
             source: shared.host.clone(),
@@ -220,9 +250,13 @@ impl Migrations {
             mode,
             disk: request.disk,
             verify: request.verify,
-        })
+        };
+        Ok((offer, tracking))
     }
 }
+
+/// What follows a VM's writes, in mode A; or why mode B was chosen instead.
+type Tracking = Result<Option<Injected>, String>;
 
 /// How a move ended, as the task's result.
 fn result_of(outcome: &Outcome, vm: &Name) -> Result<()> {

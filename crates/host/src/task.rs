@@ -25,6 +25,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// How many ended tasks are remembered.
 pub const ENDED_KEPT_MAX: usize = 200;
+/// How many notes a task has.
+pub const NOTES_MAX: usize = 16;
 
 /// All long work of this agent.
 #[derive(Clone, Default)]
@@ -73,6 +75,7 @@ impl Tasks {
             wire_bytes: 0,
             waiting_for: None,
             error: None,
+            notes: Vec::new(),
             figures: BTreeMap::new(),
         };
         let entry = Arc::new(Entry {
@@ -176,6 +179,16 @@ impl TaskHandle {
     pub fn phase(&self, phase: impl Into<String>) {
         let phase = phase.into();
         self.change(|state| state.task.phase = phase);
+    }
+
+    /// Something that people should know; at most [`NOTES_MAX`] are kept.
+    pub fn note(&self, note: impl Into<String>) {
+        let note = note.into();
+        self.change(|state| {
+            if state.task.notes.len() < NOTES_MAX && !state.task.notes.contains(&note) {
+                state.task.notes.push(note);
+            }
+        });
     }
 
     /// Bytes done and bytes to do, as far as known; rate and time left follow from them.

@@ -18,6 +18,7 @@
 //!
 //! Not here: moves (`migrate`), volumes (`volume`), QEMU itself (`guest`).
 
+mod adopt;
 mod local;
 
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_wire::api::{VmAdopt, VmRun};
+use whimbrel_wire::api::VmRun;
 use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{Epoch, HostId, Name, Object, Right, VmId};
 
@@ -39,6 +40,8 @@ use crate::meta::MetaStore;
 use crate::records::{self, Change, Versioned};
 use crate::volume::Volumes;
 
+pub use adopt::Adoption;
+pub(crate) use local::DiskServer;
 pub use local::{Busy, LocalVm, VmDisk};
 
 /// How long QEMU has to end after the guest was asked to shut down.
@@ -115,6 +118,12 @@ impl Vms {
         let VmRun { name, mut spec } = request;
         let shared = &self.shared;
         let action = || format!("run vm {name}");
+        if spec.foreign.is_some() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("{}: that command line is not ours", action()),
+            ));
+        }
         launch::settle(&mut spec, &self.qemu().await?, true).await.with_context(action)?;
         let old = records::get::<VmRecord>(&*shared.meta, &key::vm(&name)).await?;
         if let Some(old) = &old {
@@ -422,6 +431,9 @@ impl Vms {
                     return self.set_state(&local.name, record.value.right.epoch, VmState::Crashed).await;
                 };
                 tracing::info!(vm = %vm.name, pid = local.pid, "VM picked up");
+                if vm.is_adopting() && !self.settle_adoption(&vm).await? {
+                    return Ok(());
+                }
                 self.set_state(&vm.name, record.value.right.epoch, VmState::Running).await?;
                 self.watch(&vm);
                 Ok(())
@@ -448,11 +460,6 @@ impl Vms {
         let vm = Arc::new(vm);
         self.shared.here.lock().insert(vm.name.clone(), Arc::clone(&vm));
         Ok(Some(vm))
-    }
-
-    /// Takes over a QEMU that somebody else started, if a look at it says that it can be moved.
-    pub async fn adopt(&self, request: VmAdopt) -> Result<VmRecord> {
-        Err(Error::new(ErrorKind::Unsupported, format!("adopt {}: not in this build", request.name)))
     }
 
     /// Starts a VM from its disks, after the operator gave its right to this host.

@@ -12,7 +12,7 @@
 
 mod on_demand;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -33,6 +33,7 @@ use crate::records::{self, Change};
 use crate::store::Store;
 use crate::store::convert::{Converter, Format};
 use crate::task::TaskHandle;
+use crate::vm::DiskServer;
 use on_demand::OnDemand;
 
 /// All volumes of this host.
@@ -58,12 +59,7 @@ struct Shared {
 struct Exported {
     path: PathBuf,
     disk_id: DiskId,
-    server: Server,
-}
-
-enum Server {
-    Nbd(NbdServer),
-    VhostUser(VhostUserServer),
+    server: DiskServer,
 }
 
 /// What this host knows of a volume whose layer is here.
@@ -284,6 +280,25 @@ impl Volumes {
         exports.get(name).map(|exported| exported.path.to_string_lossy().into_owned()).into_iter().collect()
     }
 
+    /// Sockets of volumes that are shown over vhost-user-blk, and the volumes.
+    pub(crate) fn vhost_user_sockets(&self) -> BTreeMap<PathBuf, Name> {
+        let exports = self.shared.exports.lock();
+        let over = exports.iter().filter(|(_, exported)| matches!(exported.server, DiskServer::VhostUser(_)));
+        over.map(|(name, exported)| (exported.path.clone(), name.clone())).collect()
+    }
+
+    /// Takes a volume's socket out of this register, with its server at work: a VM has it from now on.
+    pub(crate) fn hand_over(&self, name: &Name) -> Option<(PathBuf, DiskServer)> {
+        let exported = self.shared.exports.lock().remove(name)?;
+        Some((exported.path, exported.server))
+    }
+
+    /// Takes back what was handed over.
+    pub(crate) fn take_back(&self, record: &VolumeRecord, path: PathBuf, server: DiskServer) {
+        let exported = Exported { path, disk_id: record.disk_id, server };
+        self.shared.exports.lock().insert(record.name.clone(), exported);
+    }
+
     /// What is known of the volume's layer here.
     pub fn figures(&self, record: &VolumeRecord) -> Option<VolumeFigures> {
         let info = match self.opened(record.disk_id) {
@@ -356,12 +371,12 @@ impl Volumes {
                 let path = self.shared.run_dir.join(format!("{name}.nbd.sock"));
                 let options = NbdOptions { name: name.as_str().to_owned(), ..NbdOptions::default() };
                 let server = NbdServer::start(&path, slot, options)?;
-                (path, Server::Nbd(server))
+                (path, DiskServer::Nbd(server))
             }
             "vhost-user-blk" => {
                 let path = self.shared.run_dir.join(format!("{name}.vhost.sock"));
                 let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
-                (path, Server::VhostUser(server))
+                (path, DiskServer::VhostUser(server))
             }
             other => {
                 return Err(Error::new(
@@ -381,10 +396,7 @@ impl Volumes {
             Error::new(ErrorKind::NotFound, format!("detach volume {name}: it is on no socket of this host"))
         })?;
         let disk_id = exported.disk_id;
-        let stopped = tokio::task::spawn_blocking(move || match exported.server {
-            Server::Nbd(server) => server.stop(),
-            Server::VhostUser(server) => server.stop(),
-        });
+        let stopped = tokio::task::spawn_blocking(move || exported.server.stop());
         let stopped = stopped
             .await
             .map_err(|error| Error::with_source(ErrorKind::Internal, "stop a disk server", error))?;

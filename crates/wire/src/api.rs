@@ -121,8 +121,8 @@ pub enum TaskKind {
     Export,
     /// Fill a volume from a file.
     Import,
-    /// Mirror a foreign disk into a volume.
-    Mirror,
+    /// Take over a running QEMU, its disks mirrored into volumes.
+    Adopt,
     /// Move the rest of a layer after a switch-over.
     LayerPull,
 }
@@ -179,6 +179,9 @@ pub struct Task {
     pub waiting_for: Option<String>,
     /// Why it failed.
     pub error: Option<WireError>,
+    /// What people should know about it: decisions taken, things left behind.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Further figures by name (rounds, pages, compressed bytes, …).
     #[serde(default)]
     pub figures: std::collections::BTreeMap<String, f64>,

@@ -19,6 +19,7 @@
 
 pub mod api;
 pub mod error;
+pub mod foreign;
 #[cfg(test)]
 mod fuzz;
 pub mod id;

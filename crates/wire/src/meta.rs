@@ -16,6 +16,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::foreign::ForeignSpec;
 use crate::id::{AttemptId, DataId, DiskId, HostId, ImageId, ImageRef, Name, Right, VmId};
 
 /// Keys, so that no other place spells them.
@@ -231,9 +232,10 @@ pub struct VmSpec {
     /// Further QEMU arguments. `{run}` stands for the VM's runtime directory on the host that runs it.
     #[serde(default)]
     pub qemu_args: Vec<String>,
-    /// Taken over from somebody else: how it was started is not ours to repeat.
-    #[serde(default)]
-    pub adopted: bool,
+    /// Taken over from somebody else: started from this command line, not from the fields above, which then only
+    /// describe it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreign: Option<ForeignSpec>,
 }
 
 /// One network interface.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{Context, IMAGE, Scenario, errors, kill, memory, on_demand, swarm};
+use super::{Context, IMAGE, Scenario, adopt, errors, kill, memory, on_demand, swarm};
 use crate::cmd::output;
 use crate::flight::Flight;
 use crate::tcp::Client;
@@ -13,7 +13,7 @@ use crate::tcp::Client;
 pub const ANY_VERSION: [&str; 2] = ["eight hosts boot", "an agent's memory"];
 
 /// In the order they run.
-pub const ALL: [Scenario; 13] = [
+pub const ALL: [Scenario; 18] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("twenty moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("twenty moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -21,6 +21,11 @@ pub const ALL: [Scenario; 13] = [
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
     ("a disk follows its VM, whichever agent is killed meanwhile", on_demand::a_disk_follows_its_vm),
+    ("adopt: a QEMU started by hand moves in mode A", adopt::adopted_in_mode_a),
+    ("adopt: a QEMU with private memory moves in mode B, then in mode A", adopt::adopted_in_mode_b),
+    ("adopt: a volume of ours stays on its device", adopt::adopted_with_a_volume),
+    ("adopt: what cannot be taken over is refused, by name", adopt::refusals),
+    ("adopt: cut short, it is undone", adopt::cut_short),
     ("everything is killed at every step in mode A", kill::in_mode_a),
     ("everything is killed at every step in mode B", kill::in_mode_b),
     ("eight hosts boot from one image and the store is read once", swarm::store_is_read_once),

@@ -53,8 +53,10 @@ pub struct NbdOptions {
     pub workers: usize,
     /// Connections over which further ones are closed at once.
     pub max_connections: usize,
-    /// How long a handshake may take, and a request may wait for a disk that is not served.
+    /// How long a handshake may take.
     pub patience: Duration,
+    /// How long a request may wait for a disk that is not served, before it is answered with an error.
+    pub disk_patience: Duration,
 }
 
 impl Default for NbdOptions {
@@ -66,6 +68,7 @@ impl Default for NbdOptions {
             workers: 16,
             max_connections: 32,
             patience: Duration::from_secs(30),
+            disk_patience: Duration::from_secs(30),
         }
     }
 }

@@ -39,7 +39,10 @@ pub enum SlotState {
 enum State {
     Standby,
     Active(Arc<dyn BlockDev>),
-    Fenced,
+    Fenced {
+        /// All that was answered before is durable.
+        durable: bool,
+    },
 }
 
 struct Shared {
@@ -87,7 +90,7 @@ impl DeviceSlot {
         match *self.shared.state.read() {
             State::Standby => SlotState::Standby,
             State::Active(_) => SlotState::Active,
-            State::Fenced => SlotState::Fenced,
+            State::Fenced { .. } => SlotState::Fenced,
         }
     }
 
@@ -116,21 +119,34 @@ impl DeviceSlot {
     pub fn fence(&self, limit: Duration) -> Result<()> {
         match self.shared.state.try_write_for(limit) {
             Some(mut state) => {
-                *state = State::Fenced;
+                *state = State::Fenced { durable: false };
                 Ok(())
             }
-            None => Err(Error::new(
-                ErrorKind::TimedOut,
-                format!("fence disk: a request is still running after {} ms", limit.as_millis()),
-            )),
+            None => Err(still_running(limit)),
         }
+    }
+
+    /// As [`DeviceSlot::fence`], and makes durable what was answered before: a flush that comes later has nothing to
+    /// do. Clients that flush a disk which they have stopped to write, as QEMU does over NBD, need not wait.
+    pub fn fence_durably(&self, limit: Duration) -> Result<()> {
+        let mut state = self.shared.state.try_write_for(limit).ok_or_else(|| still_running(limit))?;
+        if let State::Active(device) = &*state {
+            device.flush()?;
+            *state = State::Fenced { durable: true };
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is served, and all that was answered before is durable.
+    pub(super) fn is_durable(&self) -> bool {
+        matches!(*self.shared.state.read(), State::Fenced { durable: true })
     }
 
     /// The disk, held against [`DeviceSlot::fence`] until the answer is dropped; `None` while it is not served.
     pub(super) fn enter(&self) -> Option<Entered<'_>> {
         let held = RwLockReadGuard::try_map(self.shared.state.read(), |state| match state {
             State::Active(device) => Some(&**device),
-            State::Standby | State::Fenced => None,
+            State::Standby | State::Fenced { .. } => None,
         });
         held.ok().map(Entered)
     }
@@ -154,7 +170,7 @@ impl DeviceSlot {
     pub(super) fn reader(&self) -> Option<Arc<dyn BlockDev>> {
         match &*self.shared.state.read() {
             State::Active(device) => Some(device.clone()),
-            State::Standby | State::Fenced => None,
+            State::Standby | State::Fenced { .. } => None,
         }
     }
 
@@ -164,6 +180,13 @@ impl DeviceSlot {
         sleepers.retain(|sleeper| sleeper.strong_count() > 0);
         sleepers.push(Arc::downgrade(waker));
     }
+}
+
+fn still_running(limit: Duration) -> Error {
+    Error::new(
+        ErrorKind::TimedOut,
+        format!("fence disk: a request is still running after {} ms", limit.as_millis()),
+    )
 }
 
 /// The disk, held against being fenced.
@@ -207,6 +230,19 @@ mod test {
         assert_eq!(slot.state(), SlotState::Active);
         drop(entered);
         slot.fence(Duration::from_millis(10)).unwrap();
+    }
+
+    #[test]
+    fn a_durable_fence_says_so_until_the_disk_is_served_again() {
+        let slot = DeviceSlot::active(Arc::new(RamDevice::new(1 << 20)));
+        assert!(!slot.is_durable());
+        slot.fence_durably(Duration::from_millis(10)).unwrap();
+        assert!(slot.is_durable() && slot.enter().is_none());
+        slot.activate(Arc::new(RamDevice::new(1 << 20))).unwrap();
+        assert!(!slot.is_durable());
+        slot.fence(Duration::from_millis(10)).unwrap();
+        slot.fence_durably(Duration::from_millis(10)).unwrap();
+        assert!(!slot.is_durable(), "nobody flushed it");
     }
 
     #[test]

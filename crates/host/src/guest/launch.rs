@@ -29,6 +29,8 @@ pub const DISKS_MAX: usize = 14;
 pub const NETS_MAX: usize = 8;
 /// Milliseconds between two attempts to reach the disk's server after it went away.
 const RECONNECT_MS: u32 = 100;
+/// What QEMU may no longer do once it runs.
+pub(super) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 /// `-device` id, `-object` id and RAM block of the guest's memory.
 pub const RAM_ID: &str = "ram";
 
@@ -97,6 +99,11 @@ impl LaunchPlan {
         self.run_dir.join("console.log")
     }
 
+    /// The screen's socket (VNC), of an adopted VM that has one.
+    pub fn screen_path(&self) -> PathBuf {
+        self.run_dir.join("vnc.sock")
+    }
+
     /// QEMU's own messages.
     pub fn log_path(&self) -> PathBuf {
         self.run_dir.join("qemu.log")
@@ -160,14 +167,25 @@ pub fn ram_bytes(spec: &VmSpec) -> u64 {
     if tracked_badly { spec.memory_bytes.saturating_sub(8192) } else { spec.memory_bytes }
 }
 
-/// How many queues each disk of a VM has: a function of the spec, so that both hosts agree.
-pub fn disk_queues(spec: &VmSpec) -> u16 {
+/// The RAM block that is a file; none if an adopted VM has several.
+pub fn ram_block(spec: &VmSpec) -> Option<&str> {
+    spec.foreign.as_ref().map_or(Some(RAM_ID), |foreign| foreign.ram_block.as_deref())
+}
+
+/// How many queues a disk of a VM has: a function of the spec, so that both hosts agree.
+pub fn disk_queues(spec: &VmSpec, index: usize) -> u16 {
+    if let Some(disk) = spec.foreign.as_ref().and_then(|foreign| foreign.disks.get(index)) {
+        return disk.queues;
+    }
     u16::try_from(spec.vcpus.clamp(1, 4)).unwrap_or(1)
 }
 
 /// The arguments of QEMU, without the program itself.
 pub fn command_line(plan: &LaunchPlan) -> Result<Vec<OsString>> {
     check(plan)?;
+    if let Some(foreign) = &plan.spec.foreign {
+        return super::foreign::command_line(plan, foreign);
+    }
     let mut line = Line::default();
     base(&mut line, plan);
     channels(&mut line, plan);
@@ -185,7 +203,7 @@ pub fn command_line(plan: &LaunchPlan) -> Result<Vec<OsString>> {
     }
     // What an operator adds may need what the sandbox denies; then they state their own.
     if !plan.spec.qemu_args.iter().any(|argument| argument == "-sandbox") {
-        line.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        line.pair("-sandbox", SANDBOX);
     }
     let run_dir = plan.run_dir.to_string_lossy();
     for argument in &plan.spec.qemu_args {
@@ -217,7 +235,10 @@ fn check(plan: &LaunchPlan) -> Result<()> {
     if spec.machine.is_none() || spec.accel.is_none() || spec.cpu.is_none() {
         return bad("machine, accelerator and processor are not settled".to_owned());
     }
-    if let Some(net) = spec.nets.iter().find(|net| !is_mac(&net.mac)) {
+    // An adopted VM's addresses are with its devices.
+    if spec.foreign.is_none()
+        && let Some(net) = spec.nets.iter().find(|net| !is_mac(&net.mac))
+    {
         return bad(format!("{:?} is not a MAC address", net.mac));
     }
     Ok(())
@@ -230,15 +251,15 @@ fn is_mac(text: &str) -> bool {
 }
 
 #[derive(Default)]
-struct Line {
-    arguments: Vec<OsString>,
+pub(super) struct Line {
+    pub(super) arguments: Vec<OsString>,
 }
 
 impl Line {
-    fn flag(&mut self, flag: &str) {
+    pub(super) fn flag(&mut self, flag: &str) {
         self.arguments.push(flag.into());
     }
-    fn pair(&mut self, flag: &str, value: impl Into<OsString>) {
+    pub(super) fn pair(&mut self, flag: &str, value: impl Into<OsString>) {
         self.arguments.push(flag.into());
         self.arguments.push(value.into());
     }
@@ -249,7 +270,7 @@ fn quoted(text: &str) -> String {
     text.replace(',', ",,")
 }
 
-fn quoted_path(path: &Path) -> String {
+pub(super) fn quoted_path(path: &Path) -> String {
     quoted(&path.to_string_lossy())
 }
 
@@ -301,7 +322,7 @@ fn net(line: &mut Line, plan: &LaunchPlan, index: usize, tap: &OwnedFd) {
 fn disk(line: &mut Line, plan: &LaunchPlan, index: usize, disk: &DiskSocket) {
     let path = quoted_path(&disk.socket_path);
     let place = format!("bus=pcie.0,addr={:#x},bootindex={}", 0x10 + index, index + 1);
-    let queues = disk_queues(&plan.spec);
+    let queues = disk_queues(&plan.spec, index);
     match disk.kind {
         DiskKind::VhostUserBlk => {
             let reconnect = reconnect(plan.qemu.version);
@@ -327,7 +348,7 @@ fn serial_of(id: &Name) -> String {
 }
 
 /// Milliseconds since 9.2; whole seconds before.
-fn reconnect(version: Version) -> String {
+pub(super) fn reconnect(version: Version) -> String {
     if (version.major, version.minor) >= (9, 2) {
         format!("reconnect-ms={RECONNECT_MS}")
     } else {

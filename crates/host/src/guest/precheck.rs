@@ -35,6 +35,8 @@ pub struct HostFacts {
     pub tracking_missing: Option<String>,
     /// Sockets of the agent's own disk servers.
     pub disk_sockets: Vec<PathBuf>,
+    /// Disks of QEMU's own will be on volumes before the VM is moved: how they are opened now does not count.
+    pub disks_follow: bool,
 }
 
 /// Who carries a RAM block to the target.
@@ -85,6 +87,8 @@ pub struct Report {
     pub mode: Option<Mode>,
     /// Why mode A is not possible, if it is not.
     pub mode_a_reasons: Vec<String>,
+    /// Why mode B is not possible, if it is not.
+    pub mode_b_reasons: Vec<String>,
     /// Why nothing is possible, if so.
     pub refusals: Vec<String>,
     /// Every RAM block.
@@ -131,14 +135,23 @@ async fn look(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Rep
     };
     let kvm: Value = qmp.execute("query-kvm", json!({})).await?;
     let accel = if kvm.get("enabled") == Some(&Value::Bool(true)) { "kvm" } else { "tcg" };
+    found.mode_b.extend(ram::lost_by_stream(&ram, accel, qmp.version()));
+    if found.refusals.is_empty() && !found.mode_a.is_empty() {
+        found.refusals.extend(found.mode_b.iter().map(|reason| format!("mode B: {reason}")));
+    }
     let mode = match (found.refusals.is_empty(), found.mode_a.is_empty()) {
         (false, _) => None,
         (true, true) => Some(Mode::A),
         (true, false) => Some(Mode::B),
     };
+    if mode.is_none() && !found.mode_b.is_empty() {
+        // Both ways are closed: all reasons count.
+        found.refusals.extend(found.mode_a.iter().map(|reason| format!("mode A: {reason}")));
+    }
     Ok(Report {
         mode,
         mode_a_reasons: found.mode_a,
+        mode_b_reasons: found.mode_b,
         refusals: found.refusals,
         ram,
         disks,
@@ -150,13 +163,18 @@ async fn look(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Rep
     })
 }
 
+/// The files that are a QEMU's RAM.
+pub async fn ram_files(qmp: &Qmp) -> Result<Vec<PathBuf>> {
+    ram::files(qmp).await
+}
+
 /// A text property of an object of QEMU's.
 async fn property(qmp: &Qmp, path: &str, name: &str) -> Result<String> {
     qmp.execute("qom-get", json!({ "path": path, "property": name })).await
 }
 
 /// The children of an object: name and type.
-async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>> {
+pub(super) async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>> {
     let list: Vec<Value> = qmp.execute("qom-list", json!({ "path": path })).await?;
     let child = |one: &Value| {
         let kind = one.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
@@ -169,6 +187,7 @@ async fn children(qmp: &Qmp, path: &str) -> Result<Vec<(String, String)>> {
 #[derive(Default)]
 struct Findings {
     mode_a: Vec<String>,
+    mode_b: Vec<String>,
     refusals: Vec<String>,
 }
 
@@ -228,6 +247,10 @@ impl HostFacts {
                  or later and the right to userfaultfd"
             )
         };
-        Self { tracking_missing: uffd::probe_tracking().err().map(words), disk_sockets: Vec::new() }
+        Self {
+            tracking_missing: uffd::probe_tracking().err().map(words),
+            disk_sockets: Vec::new(),
+            disks_follow: false,
+        }
     }
 }

@@ -30,7 +30,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::guest::launch::{LaunchPlan, command_line};
+use crate::guest::launch::{self, LaunchPlan, command_line};
 use crate::guest::proc_fs;
 use crate::guest::qmp::Qmp;
 
@@ -98,6 +98,12 @@ impl QemuProcess {
         }
     }
 
+    /// The same process through another descriptor.
+    pub fn try_clone(&self) -> Result<Self> {
+        let pidfd = self.pidfd.try_clone().context("copy a descriptor")?;
+        Ok(Self { id: self.id.clone(), pidfd })
+    }
+
     /// For the journal.
     pub fn id(&self) -> &ProcessId {
         &self.id
@@ -106,6 +112,17 @@ impl QemuProcess {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.id.pid
+    }
+
+    /// The user and group it runs as.
+    pub fn owner(&self) -> Result<(u32, u32)> {
+        let of = |key| {
+            let text = proc_fs::status(self.id.pid, key)?;
+            // Real, effective, saved, of the file system.
+            let effective = text.split_whitespace().nth(1).and_then(|id| id.parse().ok());
+            effective.ok_or_else(|| Error::new(ErrorKind::Unsupported, format!("read the {key} of QEMU")))
+        };
+        Ok((of("Uid")?, of("Gid")?))
     }
 
     /// The descriptor of the process.
@@ -243,6 +260,9 @@ fn prepare_files(plan: &LaunchPlan) -> Result<()> {
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(plan.log_path());
     log.with_context(|| format!("make {}", plan.log_path().display()))?;
     own(&plan.log_path())?;
+    if launch::ram_block(&plan.spec).is_none() {
+        return Ok(());
+    }
     make_ram(plan)?;
     own(&plan.ram_path)
 }

@@ -49,6 +49,7 @@ pub struct Qmp {
 struct Inner {
     path: PathBuf,
     version: Version,
+    peer_pid: Option<u32>,
     writer: tokio::sync::Mutex<OwnedWriteHalf>,
     /// `None` once the connection is gone.
     live: Mutex<Option<Live>>,
@@ -140,6 +141,7 @@ impl Qmp {
 
     async fn handshake(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).await.context("connect")?;
+        let peer_pid = stream.peer_cred().ok().and_then(|who| u32::try_from(who.pid()?).ok());
         let (reader, writer) = stream.into_split();
         let mut lines = BufReader::new(reader);
         let greeting = read_line(&mut lines).await?;
@@ -148,6 +150,7 @@ impl Qmp {
         let inner = Arc::new(Inner {
             path: path.to_owned(),
             version,
+            peer_pid,
             writer: tokio::sync::Mutex::new(writer),
             live: Mutex::new(Some(Live {
                 waiting: HashMap::new(),
@@ -172,6 +175,11 @@ impl Qmp {
     /// QEMU's version.
     pub fn version(&self) -> Version {
         self.inner.version
+    }
+
+    /// The process that made the socket, as this host numbers it; QEMU itself, unless it was given the socket.
+    pub fn peer_pid(&self) -> Option<u32> {
+        self.inner.peer_pid
     }
 
     /// Whether the connection is gone; it does not come back.

@@ -31,7 +31,7 @@ use crate::disk::{Layer, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
 use crate::guest::dirty::Tracker;
-use crate::guest::inject;
+use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
 use crate::memory::source::{RoundReport, Source, SourceOptions};
@@ -51,7 +51,10 @@ const ROUND_MIN: Duration = Duration::from_millis(20);
 
 /// The target's RAM files, in the order in which the source offers them.
 pub fn target_blocks(vm: &LocalVm) -> Result<Vec<RamFile>> {
-    Ok(vec![RamFile::open_target(crate::guest::launch::RAM_ID, &vm.ram_path)?])
+    let (Some(name), Some(path)) = (crate::guest::launch::ram_block(&vm.spec), &vm.ram_path) else {
+        return Err(Error::new(ErrorKind::Unsupported, "receive RAM: this VM has several RAM blocks"));
+    };
+    Ok(vec![RamFile::open_target(name, path)?])
 }
 
 /// One RAM block under copy.
@@ -83,12 +86,12 @@ impl MemoryCopy {
     pub async fn begin(
         vm: &LocalVm,
         report: &Report,
+        injected: Injected,
         stream: PeerStream,
         options: SourceOptions,
         progress: Progress,
     ) -> Result<Self> {
         let ours: Vec<&RamBlock> = report.ram.iter().filter(|block| block.moved_by == MovedBy::Us).collect();
-        let injected = inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?;
         tracing::debug!(vm = %vm.name, stopped_us = injected.stopped.as_micros(), "userfaultfd made inside QEMU");
         let [block] = ours.as_slice() else {
             return Err(Error::new(

@@ -34,6 +34,7 @@ use super::driver::{self, Events, Hands, WorkFailed};
 use super::{Shared, control};
 use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state;
+use crate::guest::inject::{self, Injected};
 use crate::link::PeerStream;
 use crate::memory::source::SourceOptions;
 use crate::memory::stream::{self, StreamOptions};
@@ -68,6 +69,8 @@ pub struct SourceSide {
     task: TaskHandle,
     progress: Progress,
     vm: Mutex<Option<Arc<LocalVm>>>,
+    /// What the offer of mode A was made on, until the copy begins.
+    injected: Mutex<Option<Injected>>,
     /// Held by the loop of rounds, then by what follows the pause.
     copying: tokio::sync::Mutex<Option<Copying>>,
     state_stream: tokio::sync::Mutex<Option<PeerStream>>,
@@ -94,10 +97,12 @@ impl SourceSide {
         offer: Offer,
         request: &VmMigrate,
         task: TaskHandle,
+        injected: Option<Injected>,
     ) {
         let limit_ms = request.downtime_limit_ms.unwrap_or(super::DOWNTIME_LIMIT_MS);
         let machine = Source::new(offer, crate::clock::now());
-        Self::begin(shared, machine, Some(vm), Some(busy), limit_ms, request.bandwidth_bytes_s, task);
+        let vm = Some((vm, busy, injected));
+        Self::begin(shared, machine, vm, limit_ms, request.bandwidth_bytes_s, task);
     }
 
     /// Goes on after a restart of the agent.
@@ -107,21 +112,30 @@ impl SourceSide {
             Some(local) => shared.vms.reattach(&local, local.epoch, false).await?,
             None => None,
         };
-        let busy = vm.as_ref().map(|vm| vm.busy("take up a move")).transpose()?;
+        let vm = match vm {
+            Some(vm) => {
+                let busy = vm.busy("take up a move")?;
+                Some((vm, busy, None))
+            }
+            None => None,
+        };
         let task = super::task_for(shared, &name);
-        Self::begin(shared, machine, vm, busy, super::DOWNTIME_LIMIT_MS, None, task);
+        Self::begin(shared, machine, vm, super::DOWNTIME_LIMIT_MS, None, task);
         Ok(())
     }
 
     fn begin(
         shared: &Arc<Shared>,
         machine: Source,
-        vm: Option<Arc<LocalVm>>,
-        busy: Option<Busy>,
+        vm: Option<(Arc<LocalVm>, Busy, Option<Injected>)>,
         downtime_limit_ms: u64,
         bandwidth_bytes_s: Option<u64>,
         task: TaskHandle,
     ) {
+        let (vm, busy, injected) = match vm {
+            Some((vm, busy, injected)) => (Some(vm), Some(busy), injected),
+            None => (None, None, None),
+        };
         let (events, queue) = driver::queue::<Source>();
         let side = Arc::new(Self {
             shared: Arc::clone(shared),
@@ -133,6 +147,7 @@ impl SourceSide {
             task,
             progress: Progress::default(),
             vm: Mutex::new(vm),
+            injected: Mutex::new(injected),
             copying: tokio::sync::Mutex::default(),
             state_stream: tokio::sync::Mutex::default(),
             qemu_stream: tokio::sync::Mutex::default(),
@@ -272,7 +287,13 @@ impl SourceSide {
                 let options =
                     SourceOptions { limiter: Arc::clone(&self.limiter), ..SourceOptions::default() };
                 let stream = self.open(service::MEMORY, None).await?;
-                Some(MemoryCopy::begin(&vm, &report, stream, options, self.progress.clone()).await?)
+                let injected = self.injected.lock().take();
+                let injected = match injected {
+                    Some(injected) => injected,
+                    None => inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?,
+                };
+                let progress = self.progress.clone();
+                Some(MemoryCopy::begin(&vm, &report, injected, stream, options, progress).await?)
             }
             Mode::B => {
                 let wire = self.open(service::QEMU, None).await?;
@@ -363,8 +384,8 @@ impl SourceSide {
                     format!("stop I/O of volume {}: {} requests did not end", disk.volume, disk.unfinished()),
                 ));
             }
-            let slot = disk.slot.clone();
-            let fenced = tokio::task::spawn_blocking(move || slot.fence(FENCE_LIMIT)).await;
+            let fence = disk.fence(FENCE_LIMIT);
+            let fenced = tokio::task::spawn_blocking(fence).await;
             fenced
                 .map_err(|error| Error::with_source(ErrorKind::Internal, "fence a disk", error))?
                 .with_context(|| format!("fence volume {}", disk.volume))?;
@@ -509,6 +530,13 @@ impl SourceSide {
         if let Some(vm) = vm {
             if let Some(copying) = copying {
                 copying.abandon(&vm);
+            }
+            for path in vm.foreign_ram().await {
+                let why = "whoever started the VM made it";
+                self.task.note(format!(
+                    "RAM file {} is left: {why}; remove it when it is of no use",
+                    path.display()
+                ));
             }
             self.shared.vms.forget(&vm).await;
         }

@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use whimbrel_wire::foreign::ForeignBus;
 use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::record::vm::LocalVm as LocalRecord;
 use whimbrel_wire::{DiskId, Epoch, Name, VmId};
 
 use super::{KILL_LIMIT, VmConfig};
 use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::export::nbd::{NbdOptions, NbdServer};
 use crate::export::{DeviceSlot, SlotState, SocketOwner, VhostUserOptions, VhostUserServer, WriteTracker};
 use crate::guest::binary::QemuBinary;
-use crate::guest::launch::{DiskKind, DiskSocket, LaunchPlan, disk_queues};
+use crate::guest::launch::{self, DiskKind, DiskSocket, LaunchPlan, disk_queues};
 use crate::guest::process::{self, ProcessId, QemuProcess};
 use crate::guest::qmp::Qmp;
 use crate::guest::tap::Tap;
@@ -28,6 +30,8 @@ use crate::volume::Volumes;
 const QMP_LIMIT: Duration = Duration::from_secs(10);
 /// How much of QEMU's log is told when it ended by itself.
 const LAST_WORDS_BYTES: usize = 1000;
+/// How long a guest's request over NBD waits for a disk that is between two hosts; an error is the last resort.
+const DISK_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long a running request of a disk has to end before its volume is closed.
 const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,25 +43,88 @@ pub struct VmDisk {
     pub disk_id: DiskId,
     /// Where requests find the volume: empty at a target until COMMIT.
     pub slot: DeviceSlot,
-    socket: PathBuf,
-    server: Mutex<Option<VhostUserServer>>,
+    pub(super) socket: PathBuf,
+    pub(super) kind: DiskKind,
+    server: Mutex<Option<DiskServer>>,
+}
+
+/// What shows a volume on a socket.
+pub(crate) enum DiskServer {
+    /// Over NBD.
+    Nbd(NbdServer),
+    /// Over vhost-user-blk.
+    VhostUser(VhostUserServer),
+}
+
+impl DiskServer {
+    /// Where requests find the volume.
+    pub(crate) fn slot(&self) -> &DeviceSlot {
+        match self {
+            Self::Nbd(server) => server.slot(),
+            Self::VhostUser(server) => server.slot(),
+        }
+    }
+
+    /// Ends the service.
+    pub(crate) fn stop(self) -> Result<()> {
+        match self {
+            Self::Nbd(server) => server.stop(),
+            Self::VhostUser(server) => server.stop(),
+        }
+    }
 }
 
 impl VmDisk {
-    /// Has pages of guest RAM that the disk's reads write marked, or no longer.
+    /// A disk whose server stands.
+    pub(super) fn new(record: &VolumeRecord, socket: PathBuf, server: DiskServer) -> Self {
+        let kind = match server {
+            DiskServer::Nbd(_) => DiskKind::Nbd,
+            DiskServer::VhostUser(_) => DiskKind::VhostUserBlk,
+        };
+        Self {
+            volume: record.name.clone(),
+            disk_id: record.disk_id,
+            slot: server.slot().clone(),
+            socket,
+            kind,
+            server: Mutex::new(Some(server)),
+        }
+    }
+
+    /// Has pages of guest RAM that the disk's reads write marked, or no longer. Over NBD QEMU itself writes them, and
+    /// its page tables tell.
     pub fn track_writes(&self, tracker: Option<WriteTracker>) {
-        if let Some(server) = &*self.server.lock() {
+        if let Some(DiskServer::VhostUser(server)) = &*self.server.lock() {
             server.track_writes(tracker);
         }
     }
 
-    /// Requests that the guest has made and that are not answered.
+    /// Requests that the guest has made and that are not answered. Over NBD QEMU waits for all of them when it stops
+    /// the guest.
     pub fn unfinished(&self) -> usize {
-        self.server.lock().as_ref().map_or(0, VhostUserServer::unfinished)
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.unfinished(),
+            Some(DiskServer::Nbd(_)) | None => 0,
+        }
+    }
+
+    /// What stops the service; may wait. Over NBD QEMU flushes once more while it saves its devices, and must not wait
+    /// for a disk that is fenced by then.
+    pub fn fence(&self, limit: Duration) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let (slot, kind) = (self.slot.clone(), self.kind);
+        move || match kind {
+            DiskKind::Nbd => slot.fence_durably(limit),
+            DiskKind::VhostUserBlk => slot.fence(limit),
+        }
+    }
+
+    /// Gives the server away, as it is.
+    pub(super) fn take_server(&self) -> Option<DiskServer> {
+        self.server.lock().take()
     }
 
     fn stop(&self) {
-        if let Some(Err(error)) = self.server.lock().take().map(VhostUserServer::stop) {
+        if let Some(Err(error)) = self.server.lock().take().map(DiskServer::stop) {
             tracing::warn!(volume = %self.volume, %error, "disk server did not stop cleanly");
         }
     }
@@ -75,16 +142,31 @@ pub struct LocalVm {
     pub process: QemuProcess,
     /// Its disks, in the order of `spec.volumes`.
     pub disks: Vec<VmDisk>,
-    /// The file that is its RAM.
-    pub ram_path: PathBuf,
+    /// The file that is its RAM, if we made it.
+    pub ram_path: Option<PathBuf>,
     /// Its sockets and logs.
     pub run_dir: PathBuf,
+    /// Its serial console, if it has one on a socket.
+    console: Option<PathBuf>,
     qmp_path: PathBuf,
     qmp: tokio::sync::Mutex<Qmp>,
+    adopting: AtomicBool,
     epoch: AtomicU64,
     busy: AtomicBool,
     released: AtomicBool,
     on_purpose: AtomicBool,
+}
+
+/// A QEMU that somebody else started.
+pub(super) struct Found {
+    /// It.
+    pub process: QemuProcess,
+    /// The connection to it.
+    pub qmp: Qmp,
+    /// Its serial console's socket, if it has one.
+    pub console: Option<PathBuf>,
+    /// The directory made for its sockets.
+    pub run_dir: PathBuf,
 }
 
 /// Held while a VM is moved or stopped.
@@ -119,8 +201,8 @@ impl LocalVm {
         }
         let mut disks = Vec::with_capacity(record.spec.volumes.len());
         for (index, name) in record.spec.volumes.iter().enumerate() {
-            let socket = run_dir.join(format!("disk{index}.sock"));
-            disks.push(serve(config, volumes, name, socket, &record.spec, !incoming).await?);
+            let socket = usual_socket(&run_dir, index);
+            disks.push(serve(config.user, volumes, name, socket, &record.spec, index, !incoming).await?);
         }
         let mut taps = Vec::with_capacity(record.spec.nets.len());
         for net in &record.spec.nets {
@@ -144,10 +226,12 @@ impl LocalVm {
             spec: record.spec.clone(),
             process: started.process,
             disks,
-            ram_path,
+            ram_path: launch::ram_block(&record.spec).map(|_| ram_path),
+            console: Some(plan.console_path()),
             run_dir,
             qmp_path: plan.qmp_path(),
             qmp: tokio::sync::Mutex::new(started.qmp),
+            adopting: AtomicBool::new(false),
             epoch: AtomicU64::new(record.right.epoch.0),
             busy: AtomicBool::new(false),
             released: AtomicBool::new(false),
@@ -158,6 +242,44 @@ impl LocalVm {
             return Err(error);
         }
         Ok(vm)
+    }
+
+    /// A QEMU that somebody else started, about to be taken over; its disks are served.
+    pub(super) fn take_over(record: &VmRecord, found: Found, disks: Vec<VmDisk>) -> Result<Self> {
+        let id = record
+            .id()
+            .ok_or_else(|| Error::new(ErrorKind::Corrupt, "read the VM's record: no memory object"))?;
+        Ok(Self {
+            name: record.name.clone(),
+            id,
+            spec: record.spec.clone(),
+            process: found.process,
+            disks,
+            ram_path: None,
+            console: found.console,
+            run_dir: found.run_dir,
+            qmp_path: found.qmp.path().to_owned(),
+            qmp: tokio::sync::Mutex::new(found.qmp),
+            adopting: AtomicBool::new(true),
+            epoch: AtomicU64::new(record.right.epoch.0),
+            busy: AtomicBool::new(false),
+            released: AtomicBool::new(false),
+            on_purpose: AtomicBool::new(false),
+        })
+    }
+
+    /// Gives up a QEMU that was not taken over after all: it goes on, its files stay. `keep` names volumes that are
+    /// not to be closed.
+    pub(super) fn let_go(&self, config: &VmConfig, volumes: &Volumes, keep: impl Fn(&Name) -> bool) {
+        if self.released.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        for disk in self.disks.iter().filter(|disk| !keep(&disk.volume)) {
+            disk.stop();
+            volumes.close(disk.disk_id);
+        }
+        let _ = fs::remove_file(record_path(config, &self.name));
+        let _ = fs::remove_dir_all(&self.run_dir);
     }
 
     /// Finds a QEMU that ran before the agent ended; serves its disks again if `active`.
@@ -171,9 +293,12 @@ impl LocalVm {
         let Some(process) = QemuProcess::reattach(&process_id(local))? else { return Ok(None) };
         let run_dir = config.run_dir.join(local.name.as_str());
         let mut disks = Vec::with_capacity(local.spec.volumes.len());
+        // One that somebody else started runs as whoever that wanted.
+        let user = if local.ram_path.is_empty() { Some(process.owner()?) } else { config.user };
         for (index, name) in local.spec.volumes.iter().enumerate() {
-            let socket = run_dir.join(format!("disk{index}.sock"));
-            disks.push(serve(config, volumes, name, socket, &local.spec, active).await?);
+            let recorded = local.disk_sockets.get(index).map(PathBuf::from);
+            let socket = recorded.unwrap_or_else(|| usual_socket(&run_dir, index));
+            disks.push(serve(user, volumes, name, socket, &local.spec, index, active).await?);
         }
         let qmp_path = PathBuf::from(&local.qmp);
         let Some(qmp) = connect_again(&qmp_path, &process).await? else { return Ok(None) };
@@ -183,10 +308,15 @@ impl LocalVm {
             spec: local.spec.clone(),
             process,
             disks,
-            ram_path: PathBuf::from(&local.ram_path),
+            ram_path: (!local.ram_path.is_empty()).then(|| PathBuf::from(&local.ram_path)),
+            console: match &local.console {
+                None => Some(run_dir.join("console.sock")),
+                Some(path) => (!path.is_empty()).then(|| PathBuf::from(path)),
+            },
             run_dir,
             qmp_path,
             qmp: tokio::sync::Mutex::new(qmp),
+            adopting: AtomicBool::new(local.adopting),
             epoch: AtomicU64::new(epoch.0),
             busy: AtomicBool::new(false),
             released: AtomicBool::new(false),
@@ -207,8 +337,17 @@ impl LocalVm {
             start_time: id.start_time,
             boot_id: id.boot_id.clone(),
             qmp: self.qmp_path.to_string_lossy().into_owned(),
-            ram_path: self.ram_path.to_string_lossy().into_owned(),
+            ram_path: self
+                .ram_path
+                .as_ref()
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
             incoming,
+            disk_sockets: self.disks.iter().map(|disk| disk.socket.to_string_lossy().into_owned()).collect(),
+            console: Some(
+                self.console.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+            ),
+            adopting: self.adopting.load(Ordering::Acquire),
         };
         let path = record_path(config, &self.name);
         let bytes = serde_json::to_vec(&record)
@@ -234,9 +373,28 @@ impl LocalVm {
         Ok(qmp.clone())
     }
 
-    /// The serial console's socket.
-    pub fn console_path(&self) -> PathBuf {
-        self.run_dir.join("console.sock")
+    /// The serial console's socket, if it has one.
+    pub fn console_path(&self) -> Option<&Path> {
+        self.console.as_deref()
+    }
+
+    /// Being taken over: its disks may not be on their volumes yet.
+    pub(crate) fn is_adopting(&self) -> bool {
+        self.adopting.load(Ordering::Acquire)
+    }
+
+    /// It is taken over.
+    pub(super) fn adopted(&self) {
+        self.adopting.store(false, Ordering::Release);
+    }
+
+    /// RAM files that somebody else made, and that will be left when it has gone.
+    pub(crate) async fn foreign_ram(&self) -> Vec<PathBuf> {
+        if self.ram_path.is_some() {
+            return Vec::new();
+        }
+        let blocks = async { crate::guest::precheck::ram_files(&self.qmp().await?).await };
+        blocks.await.unwrap_or_default()
     }
 
     pub(super) fn disk_sockets(&self) -> Vec<PathBuf> {
@@ -343,7 +501,9 @@ impl LocalVm {
             return;
         }
         self.end_process(volumes).await;
-        let _ = fs::remove_file(&self.ram_path);
+        if let Some(path) = &self.ram_path {
+            let _ = fs::remove_file(path);
+        }
         let _ = fs::remove_file(record_path(config, &self.name));
         let _ = fs::remove_dir_all(&self.run_dir);
     }
@@ -362,13 +522,14 @@ async fn connect_again(path: &Path, process: &QemuProcess) -> Result<Option<Qmp>
     }
 }
 
-/// Serves a volume to a VM, at once or when it is activated.
-async fn serve(
-    config: &VmConfig,
+/// Serves volume number `index` of a VM to its QEMU, which runs as `user`, at once or when it is activated.
+pub(super) async fn serve(
+    user: Option<(u32, u32)>,
     volumes: &Volumes,
     name: &Name,
     socket: PathBuf,
     spec: &VmSpec,
+    index: usize,
     active: bool,
 ) -> Result<VmDisk> {
     let what = format!("volume {name}");
@@ -379,28 +540,39 @@ async fn serve(
     } else {
         DeviceSlot::standby(record.size_bytes)
     };
-    let owner = config.user.map(|(uid, gid)| SocketOwner { uid, gid, mode: 0o600 });
-    let options = VhostUserOptions {
-        queues: disk_queues(spec),
-        serial: name.as_str().to_owned(),
-        owner,
-        ..VhostUserOptions::default()
+    let owner = user.map(|(uid, gid)| SocketOwner { uid, gid, mode: 0o600 });
+    let foreign = spec.foreign.as_ref().and_then(|foreign| foreign.disks.get(index));
+    let server = match foreign.map(|disk| disk.bus) {
+        Some(ForeignBus::Nbd) => {
+            let options = NbdOptions {
+                name: name.as_str().to_owned(),
+                owner,
+                disk_patience: DISK_PATIENCE,
+                ..NbdOptions::default()
+            };
+            DiskServer::Nbd(NbdServer::start(&socket, slot, options)?)
+        }
+        // A disk that was attached by hand has no serial number, and gets none later.
+        Some(ForeignBus::VhostUserBlk) | None => {
+            let serial = if foreign.is_some() { String::new() } else { name.as_str().to_owned() };
+            let queues = disk_queues(spec, index);
+            let options = VhostUserOptions { queues, serial, owner, ..VhostUserOptions::default() };
+            DiskServer::VhostUser(VhostUserServer::start(&socket, slot, options)?)
+        }
     };
-    let server = VhostUserServer::start(&socket, slot.clone(), options)?;
-    Ok(VmDisk {
-        volume: name.clone(),
-        disk_id: record.disk_id,
-        slot,
-        socket,
-        server: Mutex::new(Some(server)),
-    })
+    Ok(VmDisk::new(&record, socket, server))
+}
+
+/// Where a disk's socket is, unless its record says otherwise.
+pub(super) fn usual_socket(run_dir: &Path, index: usize) -> PathBuf {
+    run_dir.join(format!("disk{index}.sock"))
 }
 
 fn sockets(disks: &[VmDisk]) -> Vec<DiskSocket> {
     let socket = |disk: &VmDisk| DiskSocket {
         id: disk.volume.clone(),
         socket_path: disk.socket.clone(),
-        kind: DiskKind::VhostUserBlk,
+        kind: disk.kind,
     };
     disks.iter().map(socket).collect()
 }
@@ -444,7 +616,9 @@ pub(super) async fn end_process(local: &LocalRecord) -> Result<()> {
 
 /// Removes what is left of a VM whose process has ended.
 pub(super) fn remove_files(config: &VmConfig, local: &LocalRecord) {
-    let _ = fs::remove_file(&local.ram_path);
+    if !local.ram_path.is_empty() {
+        let _ = fs::remove_file(&local.ram_path);
+    }
     let _ = fs::remove_dir_all(config.run_dir.join(local.name.as_str()));
     let _ = fs::remove_file(record_path(config, &local.name));
 }

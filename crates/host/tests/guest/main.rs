@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
 
 mod disks;
+mod foreign;
 mod launch;
 mod memory;
 mod pages;

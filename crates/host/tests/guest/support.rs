@@ -80,10 +80,16 @@ pub struct Wanted {
     pub ram: Option<Vec<u8>>,
 }
 
-/// The plan of a VM that runs the writer.
-pub fn plan(qemu: &QemuBinary, wanted: &Wanted, files: &Path) -> LaunchPlan {
+/// The writer as a file.
+pub fn writer(files: &Path) -> PathBuf {
     let kernel = files.join("writer");
     std::fs::write(&kernel, WRITER).unwrap();
+    kernel
+}
+
+/// The plan of a VM that runs the writer.
+pub fn plan(qemu: &QemuBinary, wanted: &Wanted, files: &Path) -> LaunchPlan {
+    let kernel = writer(files);
     let spec = VmSpec {
         memory_bytes: RAM_BYTES,
         vcpus: 1,
@@ -125,6 +131,11 @@ pub async fn start(qemu: &QemuBinary, wanted: Wanted) -> TestVm {
 }
 
 impl TestVm {
+    /// One that was started otherwise than by [`start`].
+    pub fn from_parts(plan: LaunchPlan, started: Started, files: tempfile::TempDir) -> Self {
+        Self { plan, started, _files: files }
+    }
+
     /// Bytes that the guest has printed on this host.
     pub fn printed(&self) -> u64 {
         std::fs::metadata(self.plan.console_log_path()).map_or(0, |file| file.len())

@@ -105,6 +105,9 @@ fn describe(task: &Task) -> String {
     if let Some(error) = &task.error {
         pairs.push(("error", error.to_string()));
     }
+    for note in &task.notes {
+        pairs.push(("note", note.clone()));
+    }
     let figures: Vec<(&str, String)> =
         task.figures.iter().map(|(name, value)| (name.as_str(), format!("{value:.1}"))).collect();
     fields(&pairs) + &fields(&figures)

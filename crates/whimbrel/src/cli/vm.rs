@@ -21,13 +21,16 @@ use super::{Context, Output};
 pub enum VmCommand {
     /// Start a VM on this host.
     Run(RunArgs),
-    /// Take over a QEMU that somebody else started, if it can be moved.
+    /// Take over a QEMU that somebody else started, if it can be moved; disks on files are mirrored into volumes.
     Adopt {
         /// The name it gets.
         name: Name,
-        /// Its QMP socket.
+        /// Its QMP socket, which nobody else may be connected to.
         #[arg(long, value_name = "SOCKET")]
         qmp: PathBuf,
+        /// Print the task and return at once.
+        #[arg(long)]
+        no_wait: bool,
     },
     /// All VMs of the cluster.
     List,
@@ -192,9 +195,10 @@ pub async fn run(context: &Context, command: VmCommand) -> anyhow::Result<()> {
             let vm: Vm = client.post("/v1/vms", &run_request(args)?).await?;
             context.print(&vm, describe)
         }
-        VmCommand::Adopt { name, qmp } => {
-            let vm: Vm = client.post("/v1/vms/adopt", &VmAdopt { name, qmp: absolute(&qmp)? }).await?;
-            context.print(&vm, describe)
+        VmCommand::Adopt { name, qmp, no_wait } => {
+            let started: TaskStarted =
+                client.post("/v1/vms/adopt", &VmAdopt { name, qmp: absolute(&qmp)? }).await?;
+            wait_for(context, &started, no_wait).await
         }
         VmCommand::List => {
             let vms: Vec<Vm> = client.get("/v1/vms").await?;
@@ -242,7 +246,7 @@ fn run_request(args: RunArgs) -> anyhow::Result<VmRun> {
             accel: args.accel,
             cpu: args.cpu,
             qemu_args: args.qemu_args,
-            adopted: false,
+            foreign: None,
         },
     })
 }

@@ -30,11 +30,20 @@ pub struct LocalVm {
     pub boot_id: String,
     /// Its QMP socket.
     pub qmp: String,
-    /// The file that is its RAM.
+    /// The file that is its RAM, if we made it; empty otherwise.
     pub ram_path: String,
     /// Waits for the device state of a move that has not been committed.
     #[serde(default)]
     pub incoming: bool,
+    /// Sockets of its disks, in order, where they are not the usual ones of its runtime directory.
+    #[serde(default)]
+    pub disk_sockets: Vec<String>,
+    /// Its serial console, where it is not the usual one of its runtime directory; empty if it has none.
+    #[serde(default)]
+    pub console: Option<String>,
+    /// Being taken over: its disks may not be on their volumes yet.
+    #[serde(default)]
+    pub adopting: bool,
 }
 
 impl LocalVm {

@@ -257,6 +257,9 @@ impl Session<'_> {
         let (offset, length) = (request.offset, u64::from(request.length));
         match request.command {
             proto::CMD_READ => return self.read(request),
+            proto::CMD_FLUSH if self.line.export.slot.is_durable() => {
+                self.output.put(&simple_reply(request, 0));
+            }
             proto::CMD_FLUSH => self.hand_on(request, 0, |device| device.flush()),
             proto::CMD_TRIM => self.hand_on(request, 0, move |device| {
                 device.discard(offset, length)?;
@@ -382,18 +385,23 @@ impl Session<'_> {
 }
 
 impl Line {
-    /// The disk; waits for it if it is not served, up to the export's patience.
+    /// The disk; waits for it if it is not served, up to the export's patience. If the service ends meanwhile the
+    /// client sees the connection closed, not an error: one that reconnects asks again.
     fn enter(&self) -> Option<Entered<'_>> {
         let slot: &DeviceSlot = &self.export.slot;
         if let Some(device) = slot.enter() {
             return Some(device);
         }
-        let deadline = Instant::now() + self.export.options.patience;
+        let deadline = Instant::now() + self.export.options.disk_patience;
         loop {
             if let Some(device) = slot.enter_within(Duration::from_millis(100)) {
                 return Some(device);
             }
-            if self.export.stop.load(Ordering::SeqCst) || Instant::now() > deadline {
+            if self.export.stop.load(Ordering::SeqCst) {
+                let _ = self.writer.lock().shutdown(Shutdown::Both);
+                return None;
+            }
+            if Instant::now() > deadline {
                 return None;
             }
         }

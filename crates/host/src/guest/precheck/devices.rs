@@ -15,7 +15,7 @@ const DEVICE_PATHS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-ano
 pub(super) async fn disks(qmp: &Qmp, facts: &HostFacts, found: &mut Findings) -> Result<Vec<Disk>> {
     let drives: Vec<Value> = qmp.execute("query-block", json!({})).await?;
     let mut disks: Vec<_> = drives.iter().filter_map(|drive| block_device(drive, facts)).collect();
-    for disk in disks.iter().filter(|disk| disk.direct && !disk.ours) {
+    for disk in disks.iter().filter(|disk| disk.direct && !disk.ours && !facts.disks_follow) {
         found.mode_a.push(format!(
             "disk {} ({}) bypasses the page cache (cache=none): its writes into guest memory cannot be tracked; use \
              cache=writeback, or a volume",

@@ -44,10 +44,41 @@ pub(super) async fn blocks(qmp: &Qmp, pid: u32, found: &mut Findings) -> Result<
         let id = listed.name.strip_prefix("/objects/").unwrap_or(&listed.name);
         blocks.push(judge(listed.clone(), backends.get(id), &mappings, qmp.version(), found));
     }
-    if found.mode_a.is_empty() && !blocks.iter().any(|block| block.moved_by == MovedBy::Us) {
-        found.mode_a.push("no RAM block is a file".to_owned());
+    let ours: Vec<&str> = blocks
+        .iter()
+        .filter(|block| block.moved_by == MovedBy::Us)
+        .map(|block| block.name.as_str())
+        .collect();
+    match ours.as_slice() {
+        [] if found.mode_a.is_empty() => found.mode_a.push("no RAM block is a file".to_owned()),
+        [] | [_] => {}
+        several => found.mode_a.push(format!("RAM is in several files ({}): use one", several.join(", "))),
     }
     Ok(blocks)
+}
+
+/// Why QEMU's own stream would leave writes behind: before 9.0 under TCG it loses track of writes to a block that is a
+/// whole multiple of 64 pages (see `launch::ram_bytes`).
+pub(super) fn lost_by_stream(blocks: &[RamBlock], accel: &str, version: Version) -> Option<String> {
+    const FIXED: Version = Version { major: 9, minor: 0, micro: 0 };
+    const WORD_BYTES: u64 = 64 * 4096;
+    // Firmware and option ROMs are written before the guest runs, if ever.
+    let is_rom = |name: &str| {
+        let by_path = name.starts_with('/') && !name.starts_with("/objects/");
+        by_path || name.ends_with(".rom") || name.ends_with("bios")
+    };
+    let lost: Vec<&str> = blocks
+        .iter()
+        .filter(|block| !is_rom(&block.name) && block.size_bytes.is_multiple_of(WORD_BYTES))
+        .map(|block| block.name.as_str())
+        .collect();
+    (accel == "tcg" && version < FIXED && !lost.is_empty()).then(|| {
+        format!(
+            "QEMU {version} under TCG loses writes to RAM blocks whose size is a multiple of 256 KiB ({}) from its own \
+             stream: use QEMU 9.0 or later, KVM, or sizes 8 KiB less",
+            lost.join(", ")
+        )
+    })
 }
 
 fn judge(
@@ -115,6 +146,11 @@ fn not_a_file(block: &str, why: &str) -> String {
 /// Main memory by the names that machine types give it when no backend is stated.
 fn is_guest_ram(name: &str) -> bool {
     matches!(name, "pc.ram" | "microvm.ram" | "mach-virt.ram" | "ram")
+}
+
+/// The files among the backends.
+pub(super) async fn files(qmp: &Qmp) -> Result<Vec<PathBuf>> {
+    Ok(backends(qmp).await?.into_values().filter_map(|backend| backend.path).collect())
 }
 
 async fn backends(qmp: &Qmp) -> Result<BTreeMap<String, Backend>> {
@@ -235,6 +271,30 @@ mod test {
             assert_eq!(found.mode_a.len(), 1);
             assert!(found.refusals.is_empty(), "QEMU's own stream carries it in mode B");
         }
+    }
+
+    #[test]
+    fn blocks_that_old_versions_lose_under_tcg_are_named() {
+        let block = |name: &str, size_bytes| RamBlock {
+            name: name.to_owned(),
+            path: None,
+            size_bytes,
+            page_size_bytes: 4096,
+            mappings: Vec::new(),
+            moved_by: MovedBy::QemuStream,
+        };
+        let blocks = [
+            block("pc.ram", 256 << 20),
+            block("vga.vram", 16 << 20),
+            block("pc.bios", 256 << 10),
+            block("0000:00:02.0/vga.rom", 256 << 10),
+            block("m0", (256 << 20) - 8192),
+        ];
+        let why = lost_by_stream(&blocks, "tcg", V7).unwrap();
+        assert!(why.contains("(pc.ram, vga.vram)"), "{why}");
+        assert_eq!(lost_by_stream(&blocks, "kvm", V7), None);
+        assert_eq!(lost_by_stream(&blocks, "tcg", V10), None);
+        assert_eq!(lost_by_stream(&blocks[2..], "tcg", V7), None);
     }
 
     #[test]

@@ -115,7 +115,7 @@ pub const ROUTES: &[Route] = &[
         "Vm",
         "Start a VM (remotely: without paths and QEMU arguments)",
     ),
-    route(POST, "/v1/vms/adopt", Local, Some("VmAdopt"), "Vm", "Take over a running QEMU"),
+    route(POST, "/v1/vms/adopt", Local, Some("VmAdopt"), "TaskStarted", "Take over a running QEMU"),
     route(GET, "/v1/vms/{name}", Read, None, "Vm", "One VM"),
     route(GET, "/v1/vms/{name}/console", Local, None, "VmConsole", "Where its console is"),
     route(POST, "/v1/vms/{name}/stop", Operate, Some("VmStop"), "Vm", "Shut it down"),

@@ -24,7 +24,10 @@ pub async fn run(
     JsonBody(request): JsonBody<VmRun>,
 ) -> Answer<Vm> {
     let spec = &request.spec;
-    let local_only = spec.kernel.is_some() || spec.initrd.is_some() || !spec.qemu_args.is_empty();
+    let local_only = spec.kernel.is_some()
+        || spec.initrd.is_some()
+        || !spec.qemu_args.is_empty()
+        || spec.foreign.is_some();
     if local_only && caller != Caller::Local {
         return Err(Error::new(
             ErrorKind::Denied,
@@ -38,7 +41,10 @@ pub async fn run(
     answer(agent.node()?.vm_run(request).await?)
 }
 
-pub async fn adopt(State(agent): State<Arc<Agent>>, JsonBody(request): JsonBody<VmAdopt>) -> Answer<Vm> {
+pub async fn adopt(
+    State(agent): State<Arc<Agent>>,
+    JsonBody(request): JsonBody<VmAdopt>,
+) -> Answer<TaskStarted> {
     answer(agent.node()?.vm_adopt(request).await?)
 }
 

@@ -3,7 +3,9 @@
 use whimbrel_engine::migrate::handover;
 use whimbrel_host::records::{self, Versioned};
 use whimbrel_host::{Context as _, Error, ErrorKind, Result};
-use whimbrel_wire::api::{TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop};
+use whimbrel_wire::api::{
+    TaskKind, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop,
+};
 use whimbrel_wire::meta::{VmRecord, VmState, VolumeRecord, key};
 use whimbrel_wire::{HostId, Name};
 
@@ -32,16 +34,29 @@ impl Node {
         Ok(self.describe(record).await)
     }
 
-    /// Takes over a running QEMU.
-    pub async fn vm_adopt(&self, request: VmAdopt) -> Result<Vm> {
-        let record = self.vms.adopt(request).await?;
-        Ok(self.describe(record).await)
+    /// Takes over a running QEMU: what speaks against it is answered at once, mirroring its disks is a task.
+    pub async fn vm_adopt(&self, request: VmAdopt) -> Result<TaskStarted> {
+        let adoption = self.vms.look_at(&request).await?;
+        let task = self.tasks.start(TaskKind::Adopt, format!("vm {}", request.name));
+        let started = TaskStarted { task: task.id(), host: self.host.clone() };
+        tokio::spawn(async move {
+            let result = adoption.carry_out(&task).await;
+            task.end(&result);
+        });
+        Ok(started)
     }
 
     /// Where the VM's console is.
     pub async fn vm_console(&self, name: &Name) -> Result<VmConsole> {
         let vm = self.vms.must_be_here(name).await?;
-        Ok(VmConsole { socket: vm.console_path().to_string_lossy().into_owned() })
+        let socket = vm.console_path().ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                format!("open the console of vm {name}: whoever started it gave it none on a socket"),
+            )
+            .hint("it gets one when it is moved to another host")
+        })?;
+        Ok(VmConsole { socket: socket.to_string_lossy().into_owned() })
     }
 
     /// Shuts a VM down, wherever it runs.
