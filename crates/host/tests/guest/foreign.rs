@@ -68,13 +68,15 @@ async fn by_hand(qemu: &QemuBinary, args: &[&str]) -> ByHand {
         ),
     ]);
     command.args(["-qmp", "unix:qmp,server=on,wait=off"]).args(args).current_dir(files.path());
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
     for _ in 0..500 {
         if let Ok(qmp) = Qmp::connect(&files.path().join("qmp"), Duration::from_secs(5)).await {
             return ByHand { child, files, ram, qmp };
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+    child.kill().unwrap();
+    child.wait().unwrap();
     panic!("{qemu} started by hand has no QMP");
 }
 

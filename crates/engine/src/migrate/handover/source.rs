@@ -3,6 +3,8 @@
 //! Everything that can go wrong before COMMIT is sent ends in [`Source::undo`]; everything after it is decided by
 //! what the record says ([`Source::on_seen`]).
 
+mod words;
+
 use whimbrel_wire::api::DiskMove;
 use whimbrel_wire::meta::VmState;
 use whimbrel_wire::peer::migrate::{Course, JournalEntry, Offer, Side, Step, ToSource, ToTarget};
@@ -179,40 +181,6 @@ impl Source {
     pub fn committed(&self) -> bool {
         matches!(self.state, State::Waiting | State::Serving)
             || (self.state == State::Releasing && self.why == Outcome::Moved)
-    }
-
-    /// What it waits for, or depends on, for people; none while it is busy.
-    pub fn waiting_for(&self) -> Option<String> {
-        let Offer { vm, source, target, .. } = &self.offer;
-        match self.state {
-            State::Reading | State::Writing => Some(self.desk.words()),
-            State::Offered => Some(format!("host {target} to answer")),
-            State::Checking => {
-                Some(format!("{}: it must answer before the guest is paused", self.desk.words()))
-            }
-            State::Committing | State::Resolving | State::Fencing => Some(format!(
-                "{}: only it knows whether vm {vm} is at {source} or {target}",
-                self.desk.words()
-            )),
-            State::Waiting => {
-                Some(format!("host {target}, which holds vm {vm} now, to run it; {}", self.way_out()))
-            }
-            State::Serving => {
-                Some(format!("depends on {source}: the volumes' blocks are still being fetched"))
-            }
-            State::Undoing => Some(format!("QEMU of vm {vm} to go on at {source}")),
-            State::Clearing => Some(format!(
-                "{}, to take the attempt out of the record; vm {vm} is at {source}",
-                self.desk.words()
-            )),
-            State::Preparing
-            | State::Copying
-            | State::Working(_)
-            | State::Verifying
-            | State::Dropping
-            | State::Releasing
-            | State::Done => None,
-        }
     }
 
     /// When [`Event::Tick`] is due; none once it has finished.

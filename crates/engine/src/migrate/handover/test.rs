@@ -5,6 +5,8 @@
 //! gives up blocks that the other side lacks. The simulator (`crates/sim`) runs the same
 //! machines with real timing, memory and disks.
 
+mod on_demand;
+
 use proptest::prelude::*;
 use whimbrel_wire::api::DiskMove;
 use whimbrel_wire::meta::{Mode, VmRecord, VmSpec, VmState, VolumeRecord};
@@ -536,77 +538,6 @@ proptest! {
 }
 
 #[test]
-fn without_faults_the_blocks_follow() {
-    let world = run(&[], None, DiskMove::OnDemand).unwrap();
-    assert_eq!((world.at_target, world.at_source), (Guest::Runs, Guest::Dead));
-    assert!(!world.missing && !world.layer_at_source);
-    let (volume, _) = world.volume.unwrap();
-    assert_eq!((volume.right.holder, volume.right.epoch, volume.depends_on), (host("b"), Epoch(10), None));
-    assert_eq!(world.source_outcome, Some(Outcome::Moved));
-}
-
-/// Goes on until the blocks are about to follow.
-fn following() -> World {
-    let mut world = World::new(None, DiskMove::OnDemand);
-    world.faults = false;
-    while world.target.as_ref().is_none_or(|target| target.step_now() != Step::Pull) || !world.serves {
-        world.pending.retain(|pending| !matches!(pending, Pending::TargetWork(TargetWork::Pull)));
-        if world.pending.is_empty() {
-            world.now = world.now.plus_ms(100);
-            world.tick();
-        } else {
-            world.happen(0, 0);
-        }
-    }
-    world
-}
-
-#[test]
-fn a_guest_that_ends_while_blocks_follow_does_not_end_the_fetching() {
-    let mut world = following();
-    assert!(world.target.as_ref().unwrap().waiting_for().unwrap().contains("depends on a"));
-    // Its QEMU is gone, and with it the agent; the next one has only the journal.
-    world.at_target = Guest::Dead;
-    world.vm.state = VmState::Stopped;
-    world.rev += 1;
-    world.crash(Side::Target, 1);
-    world.calm().unwrap_err();
-    assert!(!world.missing && world.source.is_none() && world.target.is_none());
-    assert_eq!(world.vm.state, VmState::Stopped, "how it ended is not this move's business");
-    assert_eq!(world.volume.unwrap().0.depends_on, None);
-}
-
-#[test]
-fn a_vm_whose_blocks_follow_is_not_moved_on() {
-    let world = following();
-    let mut vm = world.vm.clone();
-    vm.state = VmState::Running;
-    let on =
-        Offer { source: host("b"), target: host("c"), epoch: vm.right.epoch, ..offer(DiskMove::OnDemand) };
-    let mut source = Source::new(on, world.now);
-    let mut out = Vec::new();
-    source.step(world.now, Event::Tick, &mut out);
-    let Some(Action::Read(id)) = out.pop() else { panic!("{out:?}") };
-    source.step(world.now, Event::Records(id, Box::new(world.seen())), &mut out);
-    let Some(Outcome::Stayed(error)) = source.outcome() else { panic!("{:?}", source.outcome()) };
-    assert!(error.message.contains("depends on host a"), "{error}");
-}
-
-#[test]
-fn the_operator_takes_the_vm_back_where_its_blocks_are() {
-    let mut world = following();
-    let cas = recover(&world.seen(), &host("a")).unwrap();
-    assert_eq!(cas.volumes.first().unwrap().0.depends_on, None);
-    world.crash(Side::Target, 1);
-    world.target_journal = None;
-    (world.at_target, world.missing) = (Guest::Dead, false);
-    assert!(matches!(world.apply(&cas), CasResult::Yes(_)));
-    world.calm().unwrap();
-    assert_eq!(world.at_source, Guest::Runs);
-    assert!(world.layer_at_source && !world.serves);
-}
-
-#[test]
 fn without_faults_the_vm_moves() {
     let world = run(&[], None, DiskMove::Copy).unwrap();
     assert_eq!(world.at_target, Guest::Runs);
@@ -697,7 +628,7 @@ fn a_silent_source_is_reported_to_the_operator_who_can_choose_the_target() {
 
 #[test]
 fn a_silent_target_is_reported_to_the_operator_who_can_choose_the_source() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     while world.vm.right.holder != host("b") {
         world.go_on();
@@ -730,7 +661,7 @@ fn a_silent_target_is_reported_to_the_operator_who_can_choose_the_source() {
 
 #[test]
 fn before_ready_the_operator_is_not_sent_to_the_target() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     while world.target.as_ref().is_none_or(|target| target.step_now() < Step::LastRound) {
         world.go_on();
@@ -750,7 +681,7 @@ fn before_ready_the_operator_is_not_sent_to_the_target() {
 
 #[test]
 fn a_commit_that_was_surely_not_made_lets_the_source_go_on_without_the_store() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.faults = false;
     while world.source.as_ref().is_some_and(|source| source.step_now() < Step::Commit) {
         world.go_on();
@@ -776,13 +707,13 @@ fn a_commit_that_was_surely_not_made_lets_the_source_go_on_without_the_store() {
 
 #[test]
 fn a_vm_that_crashed_lets_go_of_its_volumes() {
-    let mut world = World::new(None);
+    let mut world = World::new(None, DiskMove::Copy);
     world.vm.state = VmState::Starting;
-    let disk = whimbrel_wire::DiskId(uuid::Uuid::from_u128(1));
+    let disk = DiskId(uuid::Uuid::from_u128(1));
     let volume = VolumeRecord {
         name: host("root"),
         disk_id: disk,
-        data_id: whimbrel_wire::DataId(uuid::Uuid::from_u128(2)),
+        data_id: DataId(uuid::Uuid::from_u128(2)),
         size_bytes: 1 << 20,
         image: None,
         right: Right { object: Object::Layer(disk), holder: host("b"), epoch: Epoch(5) },

@@ -64,7 +64,7 @@ impl Node {
         let record = self.vm_record(name).await?.value;
         let holder = record.right.holder;
         // What is kept here of a VM that has moved away is not the VM.
-        if holder != self.host && (self.vms.here(name).is_none() || self.migrations.has_part_in(name)) {
+        if holder != self.host && (self.vms.here(name).is_none() || self.migrations.can_run(name).is_some()) {
             return forward::post(self, &holder, format!("/v1/vms/{name}/stop"), &request).await;
         }
         self.vms.stop(name, request.force).await?;
