@@ -280,7 +280,7 @@ impl Work<'_> {
                 );
             }
             "cdrom" | "fda" | "fdb" => {
-                self.refuse(option, "a medium in a file of this host: start without it")
+                self.refuse(option, "a medium in a file of this host: start without it");
             }
             "snapshot" => self.refuse(option, "what the guest writes is thrown away at its end"),
             "readconfig" => self.refuse(option, "what the file says is not on the command line"),
