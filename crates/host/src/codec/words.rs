@@ -66,20 +66,23 @@ fn word(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
-/// The word that a sample of the page has most often, by majority vote; any word if none is frequent.
+/// The word that a sample of the page has most often.
 fn frequent(page: &[u8]) -> u64 {
-    let (mut candidate, mut votes) = (0, 0_u32);
     // Structures repeat at powers of two; an odd stride does not see the same field of each of them.
-    for index in 0..SAMPLES {
+    let mut seen: [u64; SAMPLES] = std::array::from_fn(|index| {
         let at = index * (WORDS / SAMPLES - 1) * 8;
-        let seen = page.get(at..at + 8).map_or(0, word);
-        match (votes, seen == candidate) {
-            (0, false) => (candidate, votes) = (seen, 1),
-            (_, true) => votes += 1,
-            (_, false) => votes -= 1,
+        page.get(at..at + 8).map_or(0, word)
+    });
+    seen.sort_unstable();
+    let (mut best, mut most, mut run, mut last) = (0, 0_u32, 0_u32, 0);
+    for word in seen {
+        run = if word == last { run + 1 } else { 1 };
+        last = word;
+        if run > most {
+            (best, most) = (word, run);
         }
     }
-    candidate
+    best
 }
 
 /// Writes the masked page to the front of `out`; nothing if too few words are `common`.

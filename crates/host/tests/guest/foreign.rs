@@ -21,8 +21,18 @@ use crate::support::{TestVm, qemus, writer};
 const RAM_KIB: u64 = 131_064;
 const DISK_BYTES: u64 = 4 << 20;
 
+/// Ended when it is dropped, however the test ends.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 struct ByHand {
-    child: Child,
+    child: Ended,
     files: tempfile::TempDir,
     ram: PathBuf,
     qmp: Qmp,
@@ -30,8 +40,6 @@ struct ByHand {
 
 impl Drop for ByHand {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.ram);
     }
 }
@@ -68,21 +76,19 @@ async fn by_hand(qemu: &QemuBinary, args: &[&str]) -> ByHand {
         ),
     ]);
     command.args(["-qmp", "unix:qmp,server=on,wait=off"]).args(args).current_dir(files.path());
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let child = Ended(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap());
     for _ in 0..500 {
         if let Ok(qmp) = Qmp::connect(&files.path().join("qmp"), Duration::from_secs(5)).await {
             return ByHand { child, files, ram, qmp };
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
     panic!("{qemu} started by hand has no QMP");
 }
 
 async fn plan_for(vm: &ByHand) -> Plan {
     let process = foreign::process_behind(&vm.qmp).await.unwrap();
-    assert_eq!(process.pid(), vm.child.id());
+    assert_eq!(process.pid(), vm.child.0.id());
     let facts = HostFacts { disks_follow: true, ..HostFacts::probe() };
     let report = precheck(&vm.qmp, &process, &facts).await.unwrap();
     let facts =
