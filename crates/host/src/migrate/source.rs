@@ -506,6 +506,8 @@ impl SourceSide {
         }
         vm.serve_disks(self.shared.vms.volumes()).await?;
         let qmp = vm.qmp().await?;
+        // One that an earlier process of this agent began, or work that was stopped: QEMU would refuse to go on.
+        stream::cancel(&qmp).await?;
         if qmp.run_state().await? != "running" {
             qmp.cont().await?;
         }

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
+use tokio::sync::{RwLock, watch};
 use tokio::task::AbortHandle;
 use whimbrel_engine::migrate::handover::{
     Event, Offer, Outcome, Step, Target, TargetWork, ToSource, ToTarget,
@@ -56,6 +57,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(10);
 const STEP_BYTES: u64 = 16 << 20;
 /// How long an earlier attempt may take to be discarded here before the next is refused.
 const DISCARD_LIMIT: Duration = Duration::from_secs(15);
+/// How long a write of a stream that is given up may take to end.
+const STREAM_LIMIT: Duration = Duration::from_secs(5);
 
 /// See the module's charter.
 pub struct TargetSide {
@@ -76,6 +79,10 @@ pub struct TargetSide {
     qemu: tokio::sync::Mutex<Option<stream::Target>>,
     /// Why the source's blocks do not come just now.
     trouble: Mutex<Option<String>>,
+    /// The attempt is being discarded: streams end, also those of a source that fell silent.
+    over: watch::Sender<bool>,
+    /// Held for reading by whoever writes a layer.
+    layers_in_use: RwLock<()>,
 }
 
 /// What has come so far.
@@ -166,10 +173,11 @@ async fn serve_data(
     })?;
     let stream = offer.accept().await?;
     let result = match service {
-        service::MEMORY => side.receive_memory(stream).await,
+        // What writes to a disk ends between two writes, not in the middle of one.
         service::LAYER => side.receive_layer(stream, open.volume).await,
-        service::STATE => side.receive_state(stream).await,
-        _ => side.receive_qemu(stream).await,
+        service::MEMORY => side.unless_over(side.receive_memory(stream)).await,
+        service::STATE => side.unless_over(side.receive_state(stream)).await,
+        _ => side.unless_over(side.receive_qemu(stream)).await,
     };
     result.inspect_err(|error| {
         tracing::warn!(vm = %side.offer.vm, service, %error, "a stream of a move ended");
@@ -202,6 +210,8 @@ impl TargetSide {
             arrived: Mutex::default(),
             qemu: tokio::sync::Mutex::default(),
             trouble: Mutex::default(),
+            over: watch::Sender::new(false),
+            layers_in_use: RwLock::default(),
         });
         if let Some(vm) = vm {
             side.hold(vm);
@@ -408,13 +418,28 @@ impl TargetSide {
         Ok(())
     }
 
+    /// Waits for something from the source, but no longer than the attempt lasts.
+    async fn unless_over<T>(&self, wait: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut over = self.over.subscribe();
+        tokio::select! {
+            biased;
+            _ = over.wait_for(|over| *over) => {
+                Err(Error::new(ErrorKind::Cancelled, "receive a stream: the attempt is over"))
+            }
+            result = wait => result,
+        }
+    }
+
     async fn receive_layer(&self, mut stream: PeerStream, volume: Option<Name>) -> Result<()> {
         let name = volume
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "receive a layer: no volume is named"))?;
+        // Before the look: whoever discards sets `over` first, then waits for those who hold this.
+        let _in_use = self.layers_in_use.read().await;
+        self.unless_over(async { Ok(()) }).await?;
         let record = self.volume(&name).await?;
         let volumes = self.shared.vms.volumes().clone();
         if self.offer.disk == DiskMove::OnDemand {
-            let result = take_map(&mut stream, volumes, record).await;
+            let result = self.unless_over(take_map(&mut stream, volumes, record)).await;
             if result.is_ok() {
                 self.arrived.lock().maps.insert(name);
             }
@@ -424,7 +449,7 @@ impl TargetSide {
         let mut receiver = Some(volumes.receiver(&record)?);
         let mut chunk = Vec::new();
         loop {
-            if data::read_piece(&mut stream, &mut chunk).await? {
+            if self.unless_over(data::read_piece(&mut stream, &mut chunk)).await? {
                 // Disk writes wait; the other streams of the move must not.
                 let (mut taken, bytes) = (receiver.take(), std::mem::take(&mut chunk));
                 let written = tokio::task::spawn_blocking(move || {
@@ -439,7 +464,7 @@ impl TargetSide {
                 result.with_context(|| format!("receive layer of volume {name}"))?;
                 continue;
             }
-            let seal: ShipSeal = data::read_json(&mut stream).await?;
+            let seal: ShipSeal = self.unless_over(data::read_json(&mut stream)).await?;
             let Some(taken) = receiver.take() else { return Ok(()) };
             let finished = tokio::task::spawn_blocking(move || taken.finish(&seal)).await;
             let result = joined(finished)?.map(|received| {
@@ -641,6 +666,10 @@ impl TargetSide {
     }
 
     async fn discard(&self) -> Result<()> {
+        self.over.send_replace(true);
+        if tokio::time::timeout(STREAM_LIMIT, self.layers_in_use.write()).await.is_err() {
+            tracing::warn!(vm = %self.offer.vm, "a layer is still being written while its move is discarded");
+        }
         // While its blocks follow, the VM is among the others of this host.
         let followed = || {
             let vm = self.shared.vms.here(&self.offer.vm);
