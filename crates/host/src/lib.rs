@@ -13,6 +13,7 @@
 //! Not here: configuration, HTTP, the command line (`whimbrel`).
 
 pub mod block_dev;
+mod blocking;
 pub mod clock;
 pub mod cluster;
 pub mod codec;

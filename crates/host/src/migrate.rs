@@ -38,7 +38,7 @@ use whimbrel_engine::migrate::handover::{
     self, Cas, CasResult, Course, JournalEntry, Offer, Outcome, Seen, Side, Source, Step, Target,
 };
 use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
-use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, VolumeRecord, key};
+use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
 use whimbrel_wire::{AttemptId, HostId, Name};
 
 use crate::clock;
@@ -131,9 +131,9 @@ impl Migrations {
     }
 
     /// Whether this host has all of a VM in whose unfinished move it takes part; none if it takes part in none.
-    pub fn can_run(&self, vm: &Name) -> Option<bool> {
-        let entries = self.deciding().unwrap_or_default();
-        entries.iter().find(|entry| entry.offer.vm == *vm).map(handover::can_run)
+    pub fn can_run(&self, vm: &Name) -> Result<Option<bool>> {
+        let entries = self.deciding()?;
+        Ok(entries.iter().find(|entry| entry.offer.vm == *vm).map(handover::can_run))
     }
 
     /// Begins to move a VM of this host; the task's number.
@@ -194,16 +194,7 @@ impl Migrations {
         if host.draining {
             return refuse(ErrorKind::Refused, format!("host {to} is draining"));
         }
-        for volume in &record.spec.volumes {
-            let what = format!("volume {volume}");
-            let volume = records::must::<VolumeRecord>(&*shared.meta, &key::volume(volume), &what).await?;
-            if let Some(host) = volume.value.depends_on {
-                let words = format!("{what} still depends on host {host}: its blocks are being fetched");
-                return refuse(ErrorKind::Refused, words).map_err(|error: Error| {
-                    error.hint("wait for the task that fetches them, see `whimbrel task list`")
-                });
-            }
-        }
+        shared.vms.volumes_must_be_whole(&record.spec).await.with_context(|| action.clone())?;
         let report = shared.vms.precheck(vm).await?;
         let strange = report.disks.iter().find(|disk| record.spec.foreign.is_some() && !disk.ours);
         if let Some(disk) = strange {

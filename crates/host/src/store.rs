@@ -42,6 +42,7 @@ use whimbrel_wire::record::image::{ImageName, name_path};
 use whimbrel_wire::{HostId, ImageId, ImageRef, Name};
 
 use crate::block_dev::{BlockDev, BlockRead};
+use crate::blocking::blocking;
 use crate::clock;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::link::Router;
@@ -302,7 +303,7 @@ impl Store {
         task: Arc<TaskHandle>,
     ) -> Result<()> {
         let open = self.open_named(image).await?;
-        images::blocking(move || whole::export(&open, target.as_ref(), &task))
+        blocking("write a disk image", move || whole::export(&open, target.as_ref(), &task))
             .await
             .with_context(|| format!("export image {image}"))
     }

@@ -184,18 +184,16 @@ impl Vms {
         Ok(())
     }
 
-    /// A move that still fetches blocks of a VM's volumes knows the VM by its right: nobody may start it anew before.
-    async fn volumes_must_be_whole(&self, spec: &VmSpec) -> Result<()> {
+    /// A move that still fetches blocks of a VM's volumes knows the VM by its right: before it is over nobody may
+    /// start the VM anew, or move it on.
+    pub(crate) async fn volumes_must_be_whole(&self, spec: &VmSpec) -> Result<()> {
         for name in &spec.volumes {
             let record = records::get::<VolumeRecord>(&*self.shared.meta, &key::volume(name)).await?;
             if let Some(host) = record.and_then(|record| record.value.depends_on) {
-                return Err(Error::new(
-                    ErrorKind::Refused,
-                    format!(
-                        "use volume {name}: it still depends on host {host}: its blocks are being fetched"
-                    ),
-                )
-                .hint("wait for the task that fetches them, see `whimbrel task list`"));
+                let words =
+                    format!("volume {name} still depends on host {host}: its blocks are being fetched");
+                return Err(Error::new(ErrorKind::Refused, words)
+                    .hint("wait for the task that fetches them, see `whimbrel task list`"));
             }
         }
         Ok(())

@@ -23,6 +23,7 @@ use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
 
 use crate::block_dev::{BlockDev, BlockRead};
+use crate::blocking::blocking;
 use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::nbd::{NbdOptions, NbdServer};
@@ -205,10 +206,8 @@ impl Volumes {
             return self.open_pull(record, base, record.right.epoch, source).await;
         }
         let (dir, id, epoch) = (shared.dir.clone(), record.disk_id, record.right.epoch);
-        let opened = tokio::task::spawn_blocking(move || dir.open(id, base, epoch, true)).await;
-        let layer = opened
-            .map_err(|error| Error::with_source(ErrorKind::Internal, "open a layer", error))?
-            .with_context(|| format!("open volume {}", record.name))?;
+        let opened = blocking("open a layer", move || dir.open(id, base, epoch, true)).await;
+        let layer = opened.with_context(|| format!("open volume {}", record.name))?;
         self.keep(record.disk_id, Arc::clone(&layer));
         Ok(layer)
     }
@@ -314,10 +313,8 @@ impl Volumes {
     pub async fn check(&self, record: &VolumeRecord) -> Result<VolumeCheck> {
         let (dir, id, image) =
             (self.shared.dir.clone(), record.disk_id, record.image.as_ref().map(|image| image.id));
-        let reports = tokio::task::spawn_blocking(move || dir.check(id, image))
-            .await
-            .map_err(|error| Error::with_source(ErrorKind::Internal, "check a volume", error))?
-            .with_context(|| format!("check volume {}", record.name))?;
+        let reports = blocking("check a volume", move || dir.check(id, image)).await;
+        let reports = reports.with_context(|| format!("check volume {}", record.name))?;
         let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));
         let notes = reports.iter().flat_map(|report| report.notes.iter().cloned());
         Ok(VolumeCheck {
@@ -396,10 +393,7 @@ impl Volumes {
             Error::new(ErrorKind::NotFound, format!("detach volume {name}: it is on no socket of this host"))
         })?;
         let disk_id = exported.disk_id;
-        let stopped = tokio::task::spawn_blocking(move || exported.server.stop());
-        let stopped = stopped
-            .await
-            .map_err(|error| Error::with_source(ErrorKind::Internal, "stop a disk server", error))?;
+        let stopped = blocking("stop a disk server", move || exported.server.stop()).await;
         self.close(disk_id);
         stopped
     }
@@ -420,7 +414,7 @@ impl Volumes {
         let result = async {
             let layer = self.open(&record).await?;
             let task = Arc::clone(task);
-            blocking(move || copy(&*source, &*layer, &task)).await
+            blocking("copy a disk", move || copy(&*source, &*layer, &task)).await
         };
         let result = result.await;
         self.close(record.disk_id);
@@ -482,7 +476,9 @@ pub async fn open_file(
     let format = format.map(str::parse).transpose()?;
     task.phase("convert");
     let task = Arc::clone(task);
-    let opened = blocking(move || convert.open(&file, format, &mut |done, total| step(&task, done, total)));
+    let opened = blocking("open a disk image", move || {
+        convert.open(&file, format, &mut |done, total| step(&task, done, total))
+    });
     Ok(Arc::new(opened.await?))
 }
 
@@ -496,7 +492,10 @@ pub async fn export_file(
 ) -> Result<()> {
     task.phase("write");
     let task = Arc::clone(task);
-    blocking(move || convert.export(&*disk, &file, format, &mut |done, total| step(&task, done, total))).await
+    blocking("write a disk image", move || {
+        convert.export(&*disk, &file, format, &mut |done, total| step(&task, done, total))
+    })
+    .await
 }
 
 /// Reports progress; an error if somebody cancelled.
@@ -532,10 +531,4 @@ fn copy(source: &dyn BlockRead, target: &dyn BlockDev, task: &TaskHandle) -> Res
         step(task, offset, size)?;
     }
     target.flush()
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Internal, "work on a disk", error))?
 }

@@ -27,6 +27,7 @@ use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
 use super::data;
 use crate::block_dev::BlockDev as _;
+use crate::blocking::blocking;
 use crate::disk::{Layer, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
@@ -190,9 +191,7 @@ impl LayerCopy {
         let mut sent = 0;
         for _ in 0..CATCH_UP_PASSES {
             let (layer, from) = (Arc::clone(&self.layer), self.position);
-            let read = tokio::task::spawn_blocking(move || layer.read_ship(&from, CHUNK_BYTES)).await;
-            let (chunk, next) =
-                read.map_err(|error| Error::with_source(ErrorKind::Internal, "read a layer", error))??;
+            let (chunk, next) = blocking("read a layer", move || layer.read_ship(&from, CHUNK_BYTES)).await?;
             if chunk.is_empty() {
                 break;
             }
@@ -206,8 +205,7 @@ impl LayerCopy {
     /// The guest stands still: sends the rest and waits until the target has all of it, durably.
     pub async fn finish(&mut self) -> Result<u64> {
         let layer = Arc::clone(&self.layer);
-        let end = tokio::task::spawn_blocking(move || layer.ship_end()).await;
-        let end = end.map_err(|error| Error::with_source(ErrorKind::Internal, "flush a layer", error))??;
+        let end = blocking("flush a layer", move || layer.ship_end()).await?;
         self.end = Some(end);
         let mut sent = 0;
         while !end.reached(&self.position) {
@@ -239,7 +237,7 @@ impl LayerMap {
     /// A layer whose stream is open; refused if its map is too long for a pause.
     pub async fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream) -> Result<Self> {
         let measured = Arc::clone(&layer);
-        let map = on_disk(move || Ok(measured.pull_map())).await?;
+        let map = blocking("read the map of a layer", move || Ok(measured.pull_map())).await?;
         // The guest goes on writing, so some room is left.
         if map.len() as u64 > PullHead::MAP_BYTES_MAX / 2 {
             return Err(Error::new(
@@ -258,7 +256,7 @@ impl LayerMap {
     async fn keep_durable(&mut self) -> Result<()> {
         if self.flushed.is_none_or(|at| at.elapsed() >= FLUSH_EVERY) {
             let layer = Arc::clone(&self.layer);
-            on_disk(move || layer.flush()).await?;
+            blocking("flush a layer", move || layer.flush()).await?;
             self.flushed = Some(Instant::now());
         }
         Ok(())
@@ -268,7 +266,7 @@ impl LayerMap {
     /// and those that are to follow.
     pub async fn finish(&mut self) -> Result<(u64, u64)> {
         let layer = Arc::clone(&self.layer);
-        let (end, map) = on_disk(move || Ok((layer.ship_end()?, layer.pull_map()))).await?;
+        let (end, map) = blocking("flush a layer", move || Ok((layer.ship_end()?, layer.pull_map()))).await?;
         let map_bytes = map.len() as u64;
         let head = PullHead { data_id: end.data_id, epoch: end.epoch, map_bytes };
         data::write_json(&mut self.stream, &head).await?;
@@ -285,12 +283,6 @@ impl LayerMap {
             .with_context(|| format!("send the map of volume {}", self.volume))?;
         Ok((map_bytes, follow))
     }
-}
-
-async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Internal, "work on a layer", error))?
 }
 
 /// Everything under copy.

@@ -11,7 +11,6 @@
 //! * Only `Release` gives anything up. `ResumeHere` works from any point, also after a restart of the agent.
 //! * While the guest stands still, nothing waits that could have been opened before: all streams stand.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -24,14 +23,16 @@ use whimbrel_engine::migrate::handover::{
     Event, Offer, Outcome, Source, SourceWork, Step, ToSource, ToTarget,
 };
 use whimbrel_wire::api::{DiskMove, VmMigrate};
-use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
+use whimbrel_wire::meta::{Mode, VmRecord, key};
 use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
 use whimbrel_wire::{ErrorKind, Name};
 
 use super::copy::{After, Copying, LayerCopy, LayerMap, MemoryCopy};
 use super::data::{self, service};
 use super::driver::{self, Events, Hands, WorkFailed};
+use super::store::VolumeRecords;
 use super::{Shared, control};
+use crate::blocking::blocking;
 use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state;
 use crate::guest::inject::{self, Injected};
@@ -82,7 +83,7 @@ pub struct SourceSide {
     in_step: Mutex<Option<(Step, Instant)>>,
     layer_bytes: AtomicU64,
     /// The volumes' records before COMMIT: after it, the guest must not wait for the store.
-    volumes: Mutex<HashMap<Name, VolumeRecord>>,
+    volumes: VolumeRecords,
     /// On demand: bytes that follow the VM, and counts of those that were handed out.
     follow_bytes: AtomicU64,
     handed_out: Mutex<Vec<Arc<AtomicU64>>>,
@@ -156,7 +157,7 @@ impl SourceSide {
             paused_at: Mutex::default(),
             in_step: Mutex::default(),
             layer_bytes: AtomicU64::new(0),
-            volumes: Mutex::default(),
+            volumes: VolumeRecords::new(&shared.meta),
             follow_bytes: AtomicU64::new(0),
             handed_out: Mutex::default(),
         });
@@ -271,14 +272,13 @@ impl SourceSide {
         let vm = self.vm()?;
         let (mut layers, mut maps) = (Vec::new(), Vec::new());
         for name in &self.offer.spec.volumes {
-            let record = self.volume(name).await?;
+            let record = self.volumes.read(name).await?;
             let layer = self.shared.vms.volumes().open(&record).await?;
             let stream = self.open(service::LAYER, Some(name)).await?;
             match self.offer.disk {
                 DiskMove::Copy => layers.push(LayerCopy::new(name.clone(), layer, stream)),
                 DiskMove::OnDemand => maps.push(LayerMap::new(name.clone(), layer, stream).await?),
             }
-            self.volumes.lock().insert(name.clone(), record);
         }
         *self.state_stream.lock().await = Some(self.open(service::STATE, None).await?);
         let memory = match self.offer.mode {
@@ -306,11 +306,6 @@ impl SourceSide {
         };
         let precopy = Precopy::new(Policy::new(self.downtime_limit_ms));
         Ok(Copying { memory, layers, maps, precopy })
-    }
-
-    async fn volume(&self, name: &Name) -> Result<VolumeRecord> {
-        let what = format!("volume {name}");
-        Ok(records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(name), &what).await?.value)
     }
 
     /// The loop of rounds; ends when the guest is about to be paused.
@@ -384,11 +379,8 @@ impl SourceSide {
                     format!("stop I/O of volume {}: {} requests did not end", disk.volume, disk.unfinished()),
                 ));
             }
-            let fence = disk.fence(FENCE_LIMIT);
-            let fenced = tokio::task::spawn_blocking(fence).await;
-            fenced
-                .map_err(|error| Error::with_source(ErrorKind::Internal, "fence a disk", error))?
-                .with_context(|| format!("fence volume {}", disk.volume))?;
+            let fenced = blocking("fence a disk", disk.fence(FENCE_LIMIT)).await;
+            fenced.with_context(|| format!("fence volume {}", disk.volume))?;
         }
         Ok(())
     }
@@ -462,11 +454,7 @@ impl SourceSide {
     /// Hands the layers out to the target, at the epoch at which COMMIT passed their rights on.
     async fn serve(&self) -> Result<()> {
         for name in &self.offer.spec.volumes {
-            let known = self.volumes.lock().get(name).cloned();
-            let record = match known {
-                Some(record) => record,
-                None => self.volume(name).await?,
-            };
+            let record = self.volumes.known(name).await?;
             let right = match record.right.holder == self.offer.source {
                 true => record.right.passed_to(self.offer.target.clone()),
                 false => record.right,
@@ -546,7 +534,7 @@ impl SourceSide {
         self.shared.vms.clear(&self.offer.vm, self.offer.epoch).await?;
         for name in &self.offer.spec.volumes {
             // A record that cannot be read now leaves a copy behind, never removes one.
-            if let Ok(record) = self.volume(name).await {
+            if let Ok(record) = self.volumes.read(name).await {
                 self.shared.vms.volumes().drop_copy(&record);
             }
         }

@@ -3,6 +3,10 @@
 //! Invariant: a transaction whose outcome is not known is reported as unknown, never as not made; the machine reads
 //! back. The host never repeats one by itself.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 use serde::Serialize;
 use whimbrel_engine::migrate::handover::{Cas, CasResult, Seen};
 use whimbrel_wire::Name;
@@ -11,6 +15,38 @@ use whimbrel_wire::meta::{VmRecord, VolumeRecord, key};
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::{Committed, Compare, MetaStore, Op};
 use crate::records;
+
+/// The records of the volumes of one move.
+///
+/// Those that were read before COMMIT are remembered: after it the guest must not wait for the store once more.
+pub struct VolumeRecords {
+    meta: Arc<dyn MetaStore>,
+    last: Mutex<HashMap<Name, VolumeRecord>>,
+}
+
+impl VolumeRecords {
+    /// None read yet.
+    pub fn new(meta: &Arc<dyn MetaStore>) -> Self {
+        Self { meta: Arc::clone(meta), last: Mutex::default() }
+    }
+
+    /// The record as the store has it now.
+    pub async fn read(&self, name: &Name) -> Result<VolumeRecord> {
+        let what = format!("volume {name}");
+        let record = records::must::<VolumeRecord>(&*self.meta, &key::volume(name), &what).await?.value;
+        self.last.lock().insert(name.clone(), record.clone());
+        Ok(record)
+    }
+
+    /// The record as it was last read; read now if it never was.
+    pub async fn known(&self, name: &Name) -> Result<VolumeRecord> {
+        let known = self.last.lock().get(name).cloned();
+        match known {
+            Some(record) => Ok(record),
+            None => self.read(name).await,
+        }
+    }
+}
 
 /// The VM's record and its volumes'.
 pub async fn read(meta: &dyn MetaStore, vm: &Name) -> Result<Seen> {

@@ -35,7 +35,9 @@ use whimbrel_wire::{AttemptId, Epoch, ErrorKind, Name};
 
 use super::data::{self, service};
 use super::driver::{self, Events, Hands, WorkFailed};
+use super::store::VolumeRecords;
 use super::{Shared, control};
+use crate::blocking::blocking;
 use crate::clock;
 use crate::disk::{BaseImage, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
@@ -72,8 +74,7 @@ pub struct TargetSide {
     watcher: Mutex<Option<AbortHandle>>,
     /// This attempt may have left something of the VM on this host.
     prepared: AtomicBool,
-    /// The volumes' records as last read: after COMMIT the guest must not wait for the store once more.
-    volumes: Mutex<HashMap<Name, VolumeRecord>>,
+    volumes: VolumeRecords,
     arrived: Mutex<Arrived>,
     /// Mode B: QEMU's stream.
     qemu: tokio::sync::Mutex<Option<stream::Target>>,
@@ -206,7 +207,7 @@ impl TargetSide {
             vm: Mutex::default(),
             watcher: Mutex::default(),
             prepared: AtomicBool::new(machine.step_now() >= Step::Prepare),
-            volumes: Mutex::default(),
+            volumes: VolumeRecords::new(&shared.meta),
             arrived: Mutex::default(),
             qemu: tokio::sync::Mutex::default(),
             trouble: Mutex::default(),
@@ -307,11 +308,6 @@ impl TargetSide {
         Ok(records::must::<VmRecord>(meta, &key::vm(name), &format!("vm {name}")).await?.value)
     }
 
-    async fn volume(&self, name: &Name) -> Result<VolumeRecord> {
-        let what = format!("volume {name}");
-        Ok(records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(name), &what).await?.value)
-    }
-
     fn vm(&self) -> Result<Arc<LocalVm>> {
         self.vm.lock().clone().ok_or_else(|| {
             Error::new(
@@ -364,10 +360,9 @@ impl TargetSide {
             );
         }
         for name in &spec.volumes {
-            let volume = self.volume(name).await?;
+            let volume = self.volumes.read(name).await?;
             // The image under it must be readable from here before anything is moved.
             vms.volumes().open_base(&volume).await.with_context(action)?;
-            self.volumes.lock().insert(name.clone(), volume);
         }
         Ok(())
     }
@@ -436,7 +431,7 @@ impl TargetSide {
         // Before the look: whoever discards sets `over` first, then waits for those who hold this.
         let _in_use = self.layers_in_use.read().await;
         self.unless_over(async { Ok(()) }).await?;
-        let record = self.volume(&name).await?;
+        let record = self.volumes.read(&name).await?;
         let volumes = self.shared.vms.volumes().clone();
         if self.offer.disk == DiskMove::OnDemand {
             let result = self.unless_over(take_map(&mut stream, volumes, record)).await;
@@ -452,22 +447,20 @@ impl TargetSide {
             if self.unless_over(data::read_piece(&mut stream, &mut chunk)).await? {
                 // Disk writes wait; the other streams of the move must not.
                 let (mut taken, bytes) = (receiver.take(), std::mem::take(&mut chunk));
-                let written = tokio::task::spawn_blocking(move || {
-                    let result = match &mut taken {
-                        Some(receiver) => receiver.write(&bytes).map(drop),
-                        None => Ok(()),
-                    };
-                    (taken, bytes, result)
+                let written = blocking("write a received layer", move || {
+                    if let Some(receiver) = &mut taken {
+                        receiver.write(&bytes)?;
+                    }
+                    Ok((taken, bytes))
                 });
-                let (taken, bytes, result) = joined(written.await)?;
-                (receiver, chunk) = (taken, bytes);
-                result.with_context(|| format!("receive layer of volume {name}"))?;
+                (receiver, chunk) =
+                    written.await.with_context(|| format!("receive layer of volume {name}"))?;
                 continue;
             }
             let seal: ShipSeal = self.unless_over(data::read_json(&mut stream)).await?;
             let Some(taken) = receiver.take() else { return Ok(()) };
-            let finished = tokio::task::spawn_blocking(move || taken.finish(&seal)).await;
-            let result = joined(finished)?.map(|received| {
+            let finished = blocking("finish a received layer", move || taken.finish(&seal)).await;
+            let result = finished.map(|received| {
                 self.arrived.lock().layers.insert(name.clone(), received);
             });
             data::write_result(&mut stream, &result).await?;
@@ -586,8 +579,8 @@ impl TargetSide {
         for (name, received) in came {
             let (record, base, epoch) = self.passed_on(&name).await?;
             let base = base.map(|(_, disk)| disk);
-            let opened = tokio::task::spawn_blocking(move || received.open(base, epoch)).await;
-            volumes.keep(record.disk_id, joined(opened)?.with_context(|| format!("open volume {name}"))?);
+            let opened = blocking("open a received layer", move || received.open(base, epoch)).await;
+            volumes.keep(record.disk_id, opened.with_context(|| format!("open volume {name}"))?);
         }
         for name in maps {
             let (record, base, epoch) = self.passed_on(&name).await?;
@@ -598,11 +591,7 @@ impl TargetSide {
 
     /// A volume's record, the image under it, and the epoch of the right that COMMIT has passed on to this host.
     async fn passed_on(&self, name: &Name) -> Result<(VolumeRecord, Option<BaseImage>, Epoch)> {
-        let known = self.volumes.lock().get(name).cloned();
-        let record = match known {
-            Some(record) => record,
-            None => self.volume(name).await?,
-        };
+        let record = self.volumes.known(name).await?;
         let base = self.shared.vms.volumes().open_base(&record).await?;
         // COMMIT passed every volume's right on with the VM's: one epoch later than it was read.
         let passed = record.right.holder != self.shared.host;
@@ -619,11 +608,7 @@ impl TargetSide {
         let volumes = self.shared.vms.volumes();
         let mut pulls = Vec::new();
         for name in &self.offer.spec.volumes {
-            let known = self.volumes.lock().get(name).cloned();
-            let record = match known {
-                Some(record) => record,
-                None => self.volume(name).await?,
-            };
+            let record = self.volumes.known(name).await?;
             if let Some(pull) = volumes.pull(&record).await? {
                 pulls.push((record.disk_id, pull));
             }
@@ -631,7 +616,7 @@ impl TargetSide {
         for (disk_id, pull) in &pulls {
             loop {
                 let stepping = Arc::clone(pull);
-                let stepped = joined(tokio::task::spawn_blocking(move || stepping.step(STEP_BYTES)).await)?;
+                let stepped = blocking("fetch a layer", move || stepping.step(STEP_BYTES)).await;
                 let progress = stepped.inspect_err(|error| *self.trouble.lock() = Some(error.to_string()))?;
                 self.trouble.lock().take();
                 let all: Vec<_> = pulls.iter().map(|(_, pull)| pull.progress()).collect();
@@ -682,7 +667,7 @@ impl TargetSide {
         self.clear().await;
         *self.arrived.lock() = Arrived::default();
         for name in &self.offer.spec.volumes {
-            if let Ok(record) = self.volume(name).await {
+            if let Ok(record) = self.volumes.read(name).await {
                 self.shared.vms.volumes().drop_copy(&record);
             }
         }
@@ -713,11 +698,7 @@ async fn take_map(stream: &mut PeerStream, volumes: Volumes, record: VolumeRecor
     if map.len() as u64 != head.map_bytes {
         return Err(Error::new(ErrorKind::Corrupt, format!("{}: it is shorter than it says", what())));
     }
-    joined(tokio::task::spawn_blocking(move || volumes.make_pull(&record, &head, &map)).await)?
-}
-
-fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T> {
-    result.map_err(|error| Error::with_source(ErrorKind::Internal, "write a received layer", error))
+    blocking("make a place for a layer", move || volumes.make_pull(&record, &head, &map)).await
 }
 
 fn free_bytes(dir: &std::path::Path) -> Result<u64> {

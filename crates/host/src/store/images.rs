@@ -27,6 +27,7 @@ use super::manifest::Manifest;
 use super::peers::{self, PeerTransport, Upload};
 use super::repo::Repo;
 use super::siblings::Hashes;
+use crate::blocking::blocking;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::meta::{MetaStore, Op};
 
@@ -220,7 +221,7 @@ impl Images {
             let manifest = Arc::clone(&manifest);
             move || Ok((ImageCache::open(&dir, Arc::clone(&manifest))?, Hashes::open(&dir, &manifest)?))
         };
-        let (cache, hashes) = blocking(open_files).await?;
+        let (cache, hashes) = blocking("open a cache", open_files).await?;
         let core = Core::new(
             Arc::clone(shared),
             Arc::downgrade(self),
@@ -266,16 +267,7 @@ impl Images {
 }
 
 async fn open_manifest(path: PathBuf, id: ImageId) -> Result<Manifest> {
-    blocking(move || Manifest::open(&path, id)).await
-}
-
-/// Runs file work on a thread that may block.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::with_source(ErrorKind::Internal, "work on files", error))?
+    blocking("open a manifest", move || Manifest::open(&path, id)).await
 }
 
 /// Whether the image is still there, for tasks that must not keep it.

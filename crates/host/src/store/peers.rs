@@ -33,9 +33,10 @@ use whimbrel_wire::peer::block::{
 use whimbrel_wire::{HostId, ImageId, Name};
 
 use super::image::{Core, News, Obtained, stopped};
-use super::images::{Images, Shared, alive, blocking};
+use super::images::{Images, Shared, alive};
 use super::manifest::Manifest;
 use super::repo::Repo;
+use crate::blocking::blocking;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::link::{Links, Router};
 use crate::metrics::metrics;
@@ -401,7 +402,7 @@ impl Server {
             .map_err(|_| Error::new(ErrorKind::TimedOut, "open the image for a peer"))??;
         let size_bytes = core.manifest.header().file_bytes();
         let length = ask.length.min(MANIFEST_PART_BYTES).min(size_bytes.saturating_sub(ask.offset));
-        let bytes = blocking(move || core.manifest.part(ask.offset, length)).await?;
+        let bytes = blocking("read a manifest", move || core.manifest.part(ask.offset, length)).await?;
         Ok((ManifestReply { size_bytes }, bytes))
     }
 
@@ -454,7 +455,7 @@ impl Server {
         }
         let verified = {
             let core = Arc::clone(&core);
-            blocking(move || core.cache.verified_block(ask.index)).await?
+            blocking("read the cache", move || core.cache.verified_block(ask.index)).await?
         };
         let bytes = match verified {
             Some(bytes) => bytes,

@@ -12,7 +12,8 @@ use whimbrel_engine::image::read::Class;
 
 use super::cache::Loaded;
 use super::image::{Core, Obtained};
-use super::images::{Images, blocking};
+use super::images::Images;
+use crate::blocking::blocking;
 use crate::metrics::metrics;
 
 /// Between two rounds, and while there is nothing to do.
@@ -51,7 +52,7 @@ async fn scrub_block(core: &Arc<Core>, block: u64) -> usize {
     metrics().image_scrubbed_blocks.inc();
     let loaded = {
         let core = Arc::clone(core);
-        blocking(move || core.cache.load(block)).await
+        blocking("read the cache", move || core.cache.load(block)).await
     };
     match loaded {
         Ok(Loaded::Good(bytes)) => return bytes.len(),

@@ -13,8 +13,8 @@ use whimbrel_wire::peer::block::Bitmap;
 use super::cache::Loaded;
 use super::fetch;
 use super::image::{Core, Image, Obtained, stopped};
-use super::images::blocking;
 use crate::block_dev::{BlockDev, BlockRead};
+use crate::blocking::blocking;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::task::TaskHandle;
 
@@ -114,7 +114,7 @@ async fn check_seed(core: &Arc<Core>, block: u64) -> Option<String> {
 
 async fn check_cache(core: &Arc<Core>, block: u64) -> Option<String> {
     let reader = Arc::clone(core);
-    match blocking(move || reader.cache.load(block)).await {
+    match blocking("read the cache", move || reader.cache.load(block)).await {
         Ok(Loaded::Good(_) | Loaded::Absent) => None,
         Ok(Loaded::Rotten) => {
             core.cache.distrust(block);

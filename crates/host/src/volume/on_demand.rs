@@ -28,8 +28,9 @@ use whimbrel_wire::peer::layer::{BYTES_MAX, LayerAsk, METHOD_PULL, METHOD_READ, 
 use whimbrel_wire::peer::migrate::PullHead;
 use whimbrel_wire::{DiskId, Epoch, HostId};
 
-use super::{Volumes, blocking};
+use super::Volumes;
 use crate::block_dev::BlockRead;
+use crate::blocking::blocking;
 use crate::disk::{BaseImage, FetchRange, Layer, LayerSpec, Pull, RemoteLayer, Urgency};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::link::{Links, PeerIdentity, Router};
@@ -125,7 +126,7 @@ impl Volumes {
             runtime: Handle::current(),
         });
         let dir = self.shared.dir.clone();
-        let pull = blocking(move || dir.open_pull(disk_id, base, remote, epoch)).await;
+        let pull = blocking("open a layer", move || dir.open_pull(disk_id, base, remote, epoch)).await;
         let pull = Arc::new(pull.with_context(|| format!("open volume {}", record.name))?);
         let layer = Arc::clone(pull.layer());
         self.shared.on_demand.pulls.lock().insert(disk_id, pull);
@@ -172,7 +173,7 @@ impl Volumes {
             return Ok(served.bytes);
         }
         let (opened, path) = (self.opened(disk_id), shared.dir.path(disk_id));
-        let layer = blocking(move || {
+        let layer = blocking("open a layer", move || {
             if let Some(layer) = opened {
                 return layer.fence(epoch).map(|()| layer);
             }
@@ -214,7 +215,7 @@ impl Volumes {
             return Err(Error::new(ErrorKind::Unavailable, "read a layer: this host has too much to read"));
         };
         let layer = Arc::clone(&served.layer);
-        let bytes = blocking(move || {
+        let bytes = blocking("read a layer", move || {
             let mut bytes = vec![0; length as usize];
             let mut rest = bytes.as_mut_slice();
             for (offset, length) in ask.ranges {

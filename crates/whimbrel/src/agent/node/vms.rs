@@ -64,7 +64,8 @@ impl Node {
         let record = self.vm_record(name).await?.value;
         let holder = record.right.holder;
         // What is kept here of a VM that has moved away is not the VM.
-        if holder != self.host && (self.vms.here(name).is_none() || self.migrations.can_run(name).is_some()) {
+        if holder != self.host && (self.vms.here(name).is_none() || self.migrations.can_run(name)?.is_some())
+        {
             return forward::post(self, &holder, format!("/v1/vms/{name}/stop"), &request).await;
         }
         self.vms.stop(name, request.force).await?;
@@ -98,7 +99,7 @@ impl Node {
         }
         self.blocks_must_be_there(&record, &request.on).await.with_context(action)?;
         // A host that has part in an unfinished move goes on with the guest itself; others start it from its disks.
-        let in_move = match self.migrations.can_run(name) {
+        let in_move = match self.migrations.can_run(name)? {
             Some(true) => true,
             Some(false) => return Err(self.part_only(&action(), &record)),
             None => {
