@@ -27,6 +27,7 @@ mod event;
 mod frontend;
 #[cfg(test)]
 mod fuzz;
+mod greeting;
 mod guest_ram;
 mod inflight;
 pub mod nbd;

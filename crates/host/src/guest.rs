@@ -22,6 +22,7 @@ pub mod launch;
 pub mod precheck;
 mod proc_fs;
 pub mod process;
+pub mod processor;
 pub mod qmp;
 mod seccomp;
 pub mod tap;

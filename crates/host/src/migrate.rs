@@ -44,6 +44,7 @@ use whimbrel_wire::{AttemptId, HostId, Name};
 use crate::clock;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::guest::inject::{self, Injected};
+use crate::guest::processor;
 use crate::link::{Links, Router};
 use crate::meta::MetaStore;
 use crate::records;
@@ -241,6 +242,7 @@ impl Migrations {
             mode,
             disk: request.disk,
             verify: request.verify,
+            processor: processor::features(&vm.qmp().await?).await.with_context(|| action.clone())?,
         };
         Ok((offer, tracking))
     }

@@ -113,6 +113,19 @@ impl Vms {
         QemuBinary::find(self.shared.config.qemu.as_deref()).await
     }
 
+    /// Asks QEMU now what the first start or move would have to wait for; the answers are kept. One that is missing is
+    /// told when a VM needs it.
+    pub async fn ask_ahead(&self) {
+        let asked = async {
+            let qemu = self.qemu().await?;
+            qemu.machine_types().await?;
+            qemu.cpu_models().await
+        };
+        if let Err(error) = asked.await {
+            tracing::info!(%error, "QEMU was not asked ahead");
+        }
+    }
+
     /// Starts a VM under a new name, or one whose record says that it is stopped.
     pub async fn run(&self, request: VmRun) -> Result<VmRecord> {
         let VmRun { name, mut spec } = request;
@@ -434,6 +447,11 @@ impl Vms {
                 }
                 self.set_state(&vm.name, record.value.right.epoch, VmState::Running).await?;
                 self.watch(&vm);
+                tokio::spawn(async move {
+                    if let Err(error) = vm.wake_disks().await {
+                        tracing::error!(vm = %vm.name, %error, "its disks may stand still; moving it helps");
+                    }
+                });
                 Ok(())
             }
             _ => {

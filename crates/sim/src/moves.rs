@@ -73,6 +73,7 @@ impl World {
             mode: Mode::A,
             disk: if self.rates.on_demand { DiskMove::OnDemand } else { DiskMove::Copy },
             verify: false,
+            processor: Vec::new(),
         };
         self.note(format_args!("move {attempt}: h{from} to h{to}"));
         self.tally.moves += 1;

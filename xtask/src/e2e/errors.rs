@@ -34,7 +34,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
     let mut flight = Flight::start(&lab, 0, VM, IMAGE, MEMORY_MIB, 2, WORKLOAD)?;
     let epoch = source.whimbrel(&["vm", "show", VM])?["epoch"].clone();
     let mut wrong = Vec::new();
-    let cases: [(&str, Case); 10] = [
+    let cases: [(&str, Case); 11] = [
         ("the name runs elsewhere", |x| {
             x.source.whimbrel(&["volume", "create", "second", "--image", IMAGE])?;
             let said = x.fails(x.target, &["vm", "run", VM, "--volume", "second", "--memory", "64M"], &[VM]);
@@ -86,6 +86,22 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
                 return Ok(None);
             }
             x.move_fails(x.other, &[], &["machine", x.other.name()])
+        }),
+        ("the processor would not be the same", |x| {
+            // `max` is what QEMU's version makes of it; the other host's is another one by now, and knows the machine.
+            if x.other_qemu.as_ref().is_none_or(|qemu| qemu.version < x.qemu.version) {
+                return Ok(None);
+            }
+            x.source.whimbrel(&["volume", "create", "various", "--image", IMAGE])?;
+            let run = ["vm", "run", "various", "--volume", "various", "--memory", "64M", "--cpu", "max"];
+            x.source.whimbrel(&run)?;
+            let args = ["vm", "migrate", "various", "--to", x.other.name()];
+            let said = x.fails(x.source, &args, &["various", x.other.name(), "processor", "CPUID", "--cpu"])?;
+            let shown = x.source.whimbrel(&["vm", "show", "various"])?;
+            ensure!(shown["state"] == "running" && shown["host"] == x.source.name(), "afterwards it is {shown}");
+            x.source.whimbrel(&["vm", "stop", "various", "--force"])?;
+            x.source.whimbrel(&["volume", "remove", "various"])?;
+            Ok(said)
         }),
         ("there is no right to userfaultfd", |x| {
             x.source.kill_agent()?;

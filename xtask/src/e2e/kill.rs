@@ -25,7 +25,7 @@ use super::Context;
 use crate::paths;
 use world::World;
 
-/// Only cases whose words contain one of these, separated by commas.
+/// Only cases whose words contain one of these, separated by semicolons.
 const ONLY: &str = "WHIMBREL_KILL_ONLY";
 
 /// What is struck.
@@ -148,7 +148,7 @@ fn cases(long: bool, mode: &'static str) -> Result<Vec<Case>> {
         }
     }
     if let Ok(only) = std::env::var(ONLY) {
-        cases.retain(|case| only.split(',').any(|words| case.words().contains(words)));
+        cases.retain(|case| only.split(';').any(|words| case.words().contains(words)));
     }
     Ok(cases)
 }
@@ -173,7 +173,7 @@ pub fn in_mode_b(c: &Context<'_>) -> Result<()> {
 }
 
 fn run(c: &Context<'_>, mode: &'static str) -> Result<()> {
-    let mut world = World::new(c)?;
+    let mut world = World::new(c, mode)?;
     if mode == "a" && !world.has_mode_a()? {
         println!("       mode A is not possible on this machine, so not tried");
         return world.leave();
@@ -202,7 +202,7 @@ fn run(c: &Context<'_>, mode: &'static str) -> Result<()> {
     if !wrong.is_empty() {
         let repeat = format!(
             "{ONLY}='{}' cargo xtask e2e --long --qemu {} 'mode {}'",
-            wrong.join(","),
+            wrong.join(";"),
             c.lab.qemu.version.name(),
             mode.to_uppercase()
         );

@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
 
 use super::{Context, IMAGE, Scenario, adopt, errors, kill, memory, on_demand, swarm};
 use crate::cmd::output;
 use crate::flight::Flight;
+use crate::qmp::Qmp;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
@@ -115,19 +117,37 @@ fn agent_restart(c: &Context<'_>) -> Result<()> {
     let mut flight = start(c, "steady", BUSY)?;
     let host = flight.host()?;
     flight.receiver().restart_window();
-    let before = flight.counter("disk_acked")?;
-    host.kill_agent()?;
-    std::thread::sleep(Duration::from_millis(500));
-    host.start_agent(c.program)?;
-    let end = Instant::now() + SOON;
-    while flight.counter("disk_acked")? < before + 50 {
-        ensure!(Instant::now() < end, "the disk did not come back after the agent did");
-    }
+    let restart = || {
+        host.kill_agent()?;
+        std::thread::sleep(Duration::from_millis(500));
+        host.start_agent(c.program)
+    };
+    restart()?;
+    disk_goes_on(&mut flight)?;
+    // QEMU before 8.2 forgets its disks when the agent goes away while the guest is paused, and for good.
+    let mut qmp = Qmp::connect(&host.vm_sockets("steady").qmp, SOON)?;
+    qmp.execute("stop", json!({}))?;
+    restart()?;
+    std::thread::sleep(Duration::from_secs(2));
+    qmp.execute("cont", json!({}))?;
+    disk_goes_on(&mut flight).context("after the agent came back under a paused guest")?;
+    restart()?;
+    disk_goes_on(&mut flight).context("after the agent came back once more")?;
     ensure!(flight.receiver().report().resets == 0, "the guest started anew");
     flight.must_be_whole()?;
     flight.migrate(1, &[]).context("move it after the agent's restart")?;
     flight.must_be_whole()?;
     flight.stop()
+}
+
+/// The guest has more of its records acknowledged.
+fn disk_goes_on(flight: &mut Flight<'_>) -> Result<()> {
+    let before = flight.counter("disk_acked")?;
+    let end = Instant::now() + SOON;
+    while flight.counter("disk_acked")? < before + 50 {
+        ensure!(Instant::now() < end, "the disk did not come back after the agent did");
+    }
+    Ok(())
 }
 
 fn acknowledged_records_survive(c: &Context<'_>) -> Result<()> {

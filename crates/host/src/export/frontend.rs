@@ -29,10 +29,12 @@ use vhost::vhost_user::{
 
 use super::blk;
 use super::dirty::{Dirty, Log, WriteTracker};
+use super::greeting;
 use super::guest_ram::{GuestRam, MAX_REGIONS, RegionAddr};
 use super::inflight::InflightFile;
 use super::queue::{Device, RunningQueue, Setup, State};
 use super::ring::{BadRing, Ring, RingAddr};
+use super::server::VhostUserOptions;
 use crate::error::{Error, ErrorKind};
 
 const F_RING_INDIRECT: u64 = 1 << 28;
@@ -59,6 +61,7 @@ pub(super) struct Frontend {
     device: Arc<Device>,
     max_queue_size: u16,
     drain_limit: Duration,
+    mem_slots: bool,
     features: u64,
     protocol: u64,
     ram: Arc<GuestRam>,
@@ -80,12 +83,14 @@ fn failed(error: Error) -> VhostError {
 }
 
 impl Frontend {
-    pub(super) fn new(device: Arc<Device>, max_queue_size: u16, drain_limit: Duration) -> Self {
+    pub(super) fn new(device: Arc<Device>, options: &VhostUserOptions) -> Self {
+        let &VhostUserOptions { max_queue_size, drain_limit, mem_slots, .. } = options;
         let queues = usize::from(device.identity.queues);
         Self {
             device,
             max_queue_size,
             drain_limit,
+            mem_slots,
             features: 0,
             protocol: 0,
             ram: Arc::default(),
@@ -380,13 +385,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+        let slots = if self.mem_slots {
+            VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        } else {
+            VhostUserProtocolFeatures::empty()
+        };
+        Ok(greeting::PROTOCOL | slots)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {

@@ -18,6 +18,7 @@ use super::inflight::InflightFile;
 use super::pool::Pool;
 use super::queue::{Complaints, Device, Stats};
 use super::ring::{Chain, Ring, RingAddr};
+use super::server::VhostUserOptions;
 use super::slot::DeviceSlot;
 use super::test_device::RamDevice;
 
@@ -192,7 +193,12 @@ whimbrel_fuzz::fuzz! {
         let (client, server) = UnixStream::pair().expect("make a pair of sockets");
         let script = bytes.to_vec();
         let player = std::thread::spawn(move || play(client, &script));
-        let frontend = Arc::new(Mutex::new(Frontend::new(device, 256, Duration::from_millis(200))));
+        let options = VhostUserOptions {
+            max_queue_size: 256,
+            drain_limit: Duration::from_millis(200),
+            ..VhostUserOptions::default()
+        };
+        let frontend = Arc::new(Mutex::new(Frontend::new(device, &options)));
         let mut handler = BackendReqHandler::from_stream(server, frontend.clone());
         while handler.handle_request().is_ok() {}
         frontend.lock().unwrap_or_else(PoisonError::into_inner).stop_all();

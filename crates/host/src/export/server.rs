@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -25,6 +25,7 @@ use super::blk::Identity;
 use super::dirty::WriteTracker;
 use super::event::Waker;
 use super::frontend::Frontend;
+use super::greeting::{MUTE_AFTER, begins_with_greeting, primed};
 use super::pool::Pool;
 use super::queue::{Complaints, Device, Stats};
 use super::slot::DeviceSlot;
@@ -50,6 +51,9 @@ pub struct VhostUserOptions {
     pub drain_limit: Duration,
     /// Longest time a queue looks for more work before it sleeps; zero: never.
     pub busy_poll: Duration,
+    /// Offer memory slots: a guest may have more than eight regions of memory. A QEMU that has agreed to them cannot
+    /// be taken up in the middle of a conversation (`greeting`): it does not say again where memory is.
+    pub mem_slots: bool,
 }
 
 impl Default for VhostUserOptions {
@@ -63,6 +67,7 @@ impl Default for VhostUserOptions {
             workers: 32,
             drain_limit: Duration::from_secs(20),
             busy_poll: Duration::from_micros(50),
+            mem_slots: true,
         }
     }
 }
@@ -82,7 +87,13 @@ pub struct ExportCounters {
     pub errors: u64,
 }
 
-type Current = Option<(Arc<Mutex<Frontend>>, UnixStream)>;
+/// A connection.
+struct Connection {
+    frontend: Arc<Mutex<Frontend>>,
+    stream: UnixStream,
+    since: Instant,
+    spoke: bool,
+}
 
 struct Shared {
     device: Arc<Device>,
@@ -90,7 +101,7 @@ struct Shared {
     path: PathBuf,
     waker: Waker,
     stop: AtomicBool,
-    current: parking_lot::Mutex<Current>,
+    current: parking_lot::Mutex<Option<Connection>>,
     tracker: parking_lot::Mutex<Option<WriteTracker>>,
 }
 
@@ -157,12 +168,23 @@ impl VhostUserServer {
         self.shared.current.lock().is_some()
     }
 
+    /// Whether a front-end is connected that will say nothing by itself: see `greeting`.
+    pub fn is_mute(&self) -> bool {
+        let current = self.shared.current.lock();
+        current
+            .as_ref()
+            .is_some_and(|connection| !connection.spoke && connection.since.elapsed() >= MUTE_AFTER)
+    }
+
+    fn frontend(&self) -> Option<Arc<Mutex<Frontend>>> {
+        self.shared.current.lock().as_ref().map(|connection| connection.frontend.clone())
+    }
+
     /// Has every page of guest RAM that this device writes from now on marked in `tracker`; `None` ends that. A
     /// page is marked after it was written, and before the guest learns that its request is done.
     pub fn track_writes(&self, tracker: Option<WriteTracker>) {
         *self.shared.tracker.lock() = tracker.clone();
-        let current = self.shared.current.lock().as_ref().map(|(frontend, _)| frontend.clone());
-        if let Some(frontend) = current {
+        if let Some(frontend) = self.frontend() {
             lock(&frontend).track_writes(tracker);
         }
     }
@@ -171,8 +193,7 @@ impl VhostUserServer {
     /// in-flight record that this QEMU keeps, and are done when its rings run again; a QEMU at another host knows
     /// nothing of them, so a VM must not be resumed there while this is not 0.
     pub fn unfinished(&self) -> usize {
-        let current = self.shared.current.lock().as_ref().map(|(frontend, _)| frontend.clone());
-        current.map_or(0, |frontend| lock(&frontend).unfinished())
+        self.frontend().map_or(0, |frontend| lock(&frontend).unfinished())
     }
 
     /// What was done so far.
@@ -196,9 +217,9 @@ impl VhostUserServer {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.waker.wake();
-        if let Some((_, stream)) = &*self.shared.current.lock() {
+        if let Some(connection) = &*self.shared.current.lock() {
             // A connection that is gone already is what we want.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+            let _ = connection.stream.shutdown(std::net::Shutdown::Both);
         }
         let panicked = thread.join().is_err();
         // A socket that somebody else removed or replaced is not ours to care for.
@@ -265,36 +286,55 @@ impl Shared {
 
     /// Talks with one front-end until it is gone.
     fn converse(&self, stream: UnixStream) -> Result<()> {
-        let mut frontend =
-            Frontend::new(self.device.clone(), self.options.max_queue_size, self.options.drain_limit);
+        let mut frontend = Frontend::new(self.device.clone(), &self.options);
         frontend.track_writes(self.tracker.lock().clone());
         let frontend = Arc::new(Mutex::new(frontend));
         let copy = stream.try_clone().context("copy a connection")?;
-        *self.current.lock() = Some((frontend.clone(), copy));
+        *self.current.lock() = Some(Connection {
+            frontend: frontend.clone(),
+            stream: copy,
+            since: Instant::now(),
+            spoke: false,
+        });
         tracing::debug!(socket = %self.path.display(), "front-end connected");
-        let mut handler = BackendReqHandler::from_stream(stream, frontend.clone());
-        let result = loop {
+        let result = self.handle(stream, &frontend);
+        // Rings first: what was taken is still answered, the front-end may only have lost us.
+        lock(&frontend).stop_all();
+        *self.current.lock() = None;
+        tracing::debug!(socket = %self.path.display(), "front-end gone");
+        result
+    }
+
+    /// Handles messages until the front-end is gone or the service ends.
+    fn handle(&self, stream: UnixStream, frontend: &Arc<Mutex<Frontend>>) -> Result<()> {
+        // A service that ends shuts the connection down, which ends this wait too.
+        let Some(greets) = begins_with_greeting(&stream).context("hear a front-end")? else { return Ok(()) };
+        if let Some(connection) = &mut *self.current.lock() {
+            connection.spoke = true;
+        }
+        let mut handler = if greets {
+            BackendReqHandler::from_stream(stream, frontend.clone())
+        } else {
+            tracing::info!(socket = %self.path.display(), "front-end goes on without a greeting");
+            primed(&stream, frontend)?
+        };
+        loop {
             if self.stop.load(Ordering::SeqCst) {
-                break Ok(());
+                return Ok(());
             }
             match handler.handle_request() {
                 Ok(()) => {}
                 Err(VhostError::SocketRetry(_)) => {}
-                Err(VhostError::Disconnected) => break Ok(()),
-                Err(VhostError::SocketBroken(_)) => break Ok(()),
+                Err(VhostError::Disconnected) => return Ok(()),
+                Err(VhostError::SocketBroken(_)) => return Ok(()),
                 Err(error) => {
-                    break Err(Error::with_source(
+                    return Err(Error::with_source(
                         ErrorKind::InvalidInput,
                         "handle a front-end's message",
                         error,
                     ));
                 }
             }
-        };
-        // Rings first: what was taken is still answered, the front-end may only have lost us.
-        lock(&frontend).stop_all();
-        *self.current.lock() = None;
-        tracing::debug!(socket = %self.path.display(), "front-end gone");
-        result
+        }
     }
 }

@@ -497,6 +497,7 @@ impl SourceSide {
         // One that an earlier process of this agent began, or work that was stopped: QEMU would refuse to go on.
         stream::cancel(&qmp).await?;
         if qmp.run_state().await? != "running" {
+            vm.disks_connected().await;
             qmp.cont().await?;
         }
         // Handed back, the right is newer than the one it ran under. Read after the guest goes on: it waits for nobody.

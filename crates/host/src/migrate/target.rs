@@ -41,7 +41,7 @@ use crate::blocking::blocking;
 use crate::clock;
 use crate::disk::{BaseImage, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
-use crate::guest::{device_state, launch};
+use crate::guest::{device_state, launch, processor};
 use crate::link::{PeerIdentity, PeerStream, Router, StreamOffer};
 use crate::memory::stream::{self, StreamOptions};
 use crate::memory::target::TargetOptions;
@@ -387,8 +387,10 @@ impl TargetSide {
         let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
         self.prepared.store(true, Ordering::Release);
         let vm = self.shared.vms.launch(&record, true).await?;
-        self.hold(vm);
-        Ok(())
+        self.hold(Arc::clone(&vm));
+        let here = processor::features(&vm.qmp().await?).await?;
+        processor::must_be_equal(&self.offer.processor, &here)
+            .with_context(|| format!("take vm {} at host {}", self.offer.vm, self.shared.host))
     }
 
     /// What went wrong here, such as a full disk, is told over the control connection: the source sees no more than
@@ -558,6 +560,7 @@ impl TargetSide {
             vm.write_record(self.shared.vms.config(), false)?;
             let qmp = vm.qmp().await?;
             let running = qmp.run_state().await? == "running";
+            vm.disks_connected().await;
             // From here on the guest runs, or may have run.
             sent.store(true, Ordering::Release);
             if !running {

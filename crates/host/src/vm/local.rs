@@ -35,6 +35,11 @@ const DISK_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long a running request of a disk has to end before its volume is closed.
 const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long QEMU may take to connect again to disks that are served again; it tries every second.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How long a QEMU that is connected is given to speak.
+const WAKE_AFTER: Duration = Duration::from_millis(500);
+
 /// A disk of a VM.
 pub struct VmDisk {
     /// The volume.
@@ -105,6 +110,22 @@ impl VmDisk {
         match &*self.server.lock() {
             Some(DiskServer::VhostUser(server)) => server.unfinished(),
             Some(DiskServer::Nbd(_)) | None => 0,
+        }
+    }
+
+    /// Whether QEMU is connected. Over NBD it is the one that waits.
+    fn is_connected(&self) -> bool {
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.connected(),
+            Some(DiskServer::Nbd(_)) | None => true,
+        }
+    }
+
+    /// Whether QEMU is connected and will say nothing by itself.
+    fn is_mute(&self) -> bool {
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.is_mute(),
+            Some(DiskServer::Nbd(_)) | None => false,
         }
     }
 
@@ -474,6 +495,40 @@ impl LocalVm {
         Ok(())
     }
 
+    /// Waits until QEMU is connected to all disks again, but not for long. A guest that is made to run before that
+    /// would find none in QEMU before 8.2.
+    pub(crate) async fn disks_connected(&self) {
+        let deadline = Instant::now() + CONNECT_LIMIT;
+        while !self.disks.iter().all(VmDisk::is_connected) {
+            if Instant::now() > deadline {
+                tracing::warn!(vm = %self.name, "QEMU is not connected to all disks");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Wakes the disks of a QEMU that was found again, if it is one that has lost track of them: the guest is stopped
+    /// and made to run (see `export::greeting`).
+    pub(crate) async fn wake_disks(self: &Arc<Self>) -> Result<()> {
+        self.disks_connected().await;
+        tokio::time::sleep(WAKE_AFTER).await;
+        if !self.disks.iter().any(VmDisk::is_mute) {
+            return Ok(());
+        }
+        let action = || format!("wake the disks of vm {}", self.name);
+        let _busy = self.busy(&action())?;
+        let qmp = self.qmp().await?;
+        // One that is paused finds them when it is made to run.
+        if qmp.run_state().await? != "running" {
+            return Ok(());
+        }
+        tracing::warn!(vm = %self.name, "QEMU has lost track of its disks: stopping the guest for a moment");
+        qmp.stop().await.with_context(action)?;
+        self.disks_connected().await;
+        qmp.cont().await.with_context(action)
+    }
+
     /// Ends QEMU and its disk servers; the RAM file stays.
     pub(super) async fn end_keeping_ram(&self, volumes: &Volumes) {
         if !self.released.swap(true, Ordering::AcqRel) {
@@ -556,7 +611,14 @@ pub(super) async fn serve(
         Some(ForeignBus::VhostUserBlk) | None => {
             let serial = if foreign.is_some() { String::new() } else { name.as_str().to_owned() };
             let queues = disk_queues(spec, index);
-            let options = VhostUserOptions { queues, serial, owner, ..VhostUserOptions::default() };
+            let options = VhostUserOptions {
+                queues,
+                serial,
+                owner,
+                // An agent that comes back must be able to go on with QEMU before 8.2.
+                mem_slots: false,
+                ..VhostUserOptions::default()
+            };
             DiskServer::VhostUser(VhostUserServer::start(&socket, slot, options)?)
         }
     };

@@ -234,6 +234,9 @@ impl Node {
         });
         self.background.lock().push(task.abort_handle());
         let _ = tokio::time::timeout(PICK_UP_WAIT, &mut task).await;
+        let vms = self.vms.clone();
+        let asking = tokio::spawn(async move { vms.ask_ahead().await });
+        self.background.lock().push(asking.abort_handle());
     }
 
     /// Stops serving; VMs go on.

@@ -140,6 +140,40 @@ pub struct Offer {
     /// Hash all RAM at the pause on both sides and compare.
     #[serde(default)]
     pub verify: bool,
+    /// What the guest's processor offers at the source; empty if that is not known.
+    #[serde(default)]
+    pub processor: Vec<CpuidWord>,
+}
+
+/// One register of one CPUID leaf, as a guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidWord {
+    /// EAX on the way in.
+    pub leaf: u32,
+    /// ECX on the way in, where the leaf has subleaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subleaf: Option<u32>,
+    /// `EAX`, `EBX`, `ECX` or `EDX`.
+    pub register: String,
+    /// The features, a bit each.
+    pub bits: u32,
+}
+
+impl CpuidWord {
+    /// Whether both are the same register of the same leaf.
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        (self.leaf, self.subleaf, &self.register) == (other.leaf, other.subleaf, &other.register)
+    }
+}
+
+impl fmt::Display for CpuidWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CPUID {:#x}", self.leaf)?;
+        if let Some(subleaf) = self.subleaf {
+            write!(f, ".{subleaf}")?;
+        }
+        write!(f, " {}", self.register)
+    }
 }
 
 /// A control message with the attempt it belongs to.

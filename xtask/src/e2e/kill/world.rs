@@ -29,6 +29,7 @@ const RESET_FOR: Duration = Duration::from_millis(700);
 /// See the module's charter.
 pub(super) struct World<'a> {
     c: &'a Context<'a>,
+    mode: &'static str,
     pub(super) flight: Flight<'a>,
     booted: usize,
 }
@@ -45,13 +46,13 @@ pub(super) const KEEPER: usize = 0;
 const MOVERS: [usize; 2] = [1, 2];
 
 impl<'a> World<'a> {
-    pub(super) fn new(c: &'a Context<'a>) -> Result<World<'a>> {
+    pub(super) fn new(c: &'a Context<'a>, mode: &'static str) -> Result<World<'a>> {
         for n in MOVERS {
             let host = c.lab.hosts().get(n).context("find a host of the lab")?;
             host.kill_agent()?;
             start_agent(c, host)?;
         }
-        Ok(World { c, flight: boot(c, 1)?, booted: 1 })
+        Ok(World { c, mode, flight: boot(c, mode, 1)?, booted: 1 })
     }
 
     pub(super) fn host(&self, n: usize) -> Result<&'a Host> {
@@ -100,7 +101,7 @@ impl<'a> World<'a> {
             kill(pid)?;
         }
         self.booted += 1;
-        self.flight = boot(self.c, self.booted)?;
+        self.flight = boot(self.c, self.mode, self.booted)?;
         Ok(())
     }
 
@@ -271,8 +272,8 @@ impl<'a> World<'a> {
     }
 }
 
-fn boot<'a>(c: &'a Context<'_>, number: usize) -> Result<Flight<'a>> {
-    let name = format!("victim-{number}");
+fn boot<'a>(c: &'a Context<'_>, mode: &str, number: usize) -> Result<Flight<'a>> {
+    let name = format!("victim-{mode}{number}");
     Flight::start(c.lab, MOVERS[0], &name, IMAGE, MEMORY_MIB, 1, WORKLOAD)
 }
 

@@ -82,6 +82,7 @@ fn offer(disk: DiskMove) -> Offer {
         mode: Mode::A,
         disk,
         verify: false,
+        processor: Vec::new(),
     }
 }
 
