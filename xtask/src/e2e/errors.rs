@@ -96,9 +96,13 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             let run = ["vm", "run", "various", "--volume", "various", "--memory", "64M", "--cpu", "max"];
             x.source.whimbrel(&run)?;
             let args = ["vm", "migrate", "various", "--to", x.other.name()];
-            let said = x.fails(x.source, &args, &["various", x.other.name(), "processor", "CPUID", "--cpu"])?;
+            let said =
+                x.fails(x.source, &args, &["various", x.other.name(), "processor", "CPUID", "--cpu"])?;
             let shown = x.source.whimbrel(&["vm", "show", "various"])?;
-            ensure!(shown["state"] == "running" && shown["host"] == x.source.name(), "afterwards it is {shown}");
+            ensure!(
+                shown["state"] == "running" && shown["host"] == x.source.name(),
+                "afterwards it is {shown}"
+            );
             x.source.whimbrel(&["vm", "stop", "various", "--force"])?;
             x.source.whimbrel(&["volume", "remove", "various"])?;
             Ok(said)

@@ -61,7 +61,11 @@ pub fn must_be_equal(source: &[CpuidWord], target: &[CpuidWord]) -> Result<()> {
         .filter_map(|word| {
             let (here, there) = (bits(source, word), bits(target, word));
             let list = |bits: u32| {
-                (0..32).filter(|bit| bits >> bit & 1 == 1).map(|bit| bit.to_string()).collect::<Vec<_>>().join(" ")
+                (0..32)
+                    .filter(|bit| bits >> bit & 1 == 1)
+                    .map(|bit| bit.to_string())
+                    .collect::<Vec<_>>()
+                    .join(" ")
             };
             let lacks = (here & !there != 0).then(|| format!("lacks bits {}", list(here & !there)));
             let adds = (there & !here != 0).then(|| format!("adds bits {}", list(there & !here)));
