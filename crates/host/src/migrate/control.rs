@@ -5,8 +5,8 @@
 //!       └──◄ lost ► wait ► open again                  what matters is repeated by the machines
 //! ```
 //!
-//! Invariants: messages are sent in order or not at all; a message that cannot be sent now is dropped, since the
-//! machines repeat what matters; lines are bounded. A line that cannot be read ends the connection, not the move.
+//! Invariants: messages are sent in order or not at all; of those that cannot be sent now the last is kept until there
+//! is a connection, the others are dropped, since the machines repeat what matters, though not soon; lines are bounded. A line that cannot be read ends the connection, not the move.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,30 +35,43 @@ const REDIAL: Duration = Duration::from_millis(300);
 /// Limit for dialling.
 const DIAL_LIMIT: Duration = Duration::from_secs(3);
 
-/// The sending end: drops what cannot be sent.
+/// The sending end.
 #[derive(Clone, Default)]
 pub struct Sender {
-    out: Arc<Mutex<Option<mpsc::Sender<Vec<u8>>>>>,
+    out: Arc<Mutex<Out>>,
+}
+
+#[derive(Default)]
+struct Out {
+    connection: Option<mpsc::Sender<Vec<u8>>>,
+    /// Said while there was no connection.
+    kept: Option<Vec<u8>>,
 }
 
 impl Sender {
-    /// Sends a message of `attempt`, if there is a connection with room.
+    /// Sends a message of `attempt`, if there is room; without a connection it is what the next one begins with.
     pub fn send<M: Serialize>(&self, attempt: AttemptId, message: M) {
         let Ok(mut line) = serde_json::to_vec(&Control { attempt, message }) else { return };
         line.push(b'\n');
-        if let Some(out) = &*self.out.lock() {
-            let _ = out.try_send(line);
+        let out = &mut *self.out.lock();
+        match &out.connection {
+            Some(connection) => drop(connection.try_send(line)),
+            None => out.kept = Some(line),
         }
     }
 
     fn attach(&self) -> mpsc::Receiver<Vec<u8>> {
         let (sender, receiver) = mpsc::channel(OUT_MAX);
-        *self.out.lock() = Some(sender);
+        let mut out = self.out.lock();
+        if let Some(line) = out.kept.take() {
+            let _ = sender.try_send(line);
+        }
+        out.connection = Some(sender);
         receiver
     }
 
     fn detach(&self) {
-        *self.out.lock() = None;
+        self.out.lock().connection = None;
     }
 }
 
