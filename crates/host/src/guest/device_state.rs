@@ -1,10 +1,12 @@
 //! Mode A: all of a VM but its RAM, out of one QEMU and into another, through QEMU's own migration stream.
 //!
 //! ```text
-//!   source: stop ─▶ save ──┬─▶ (target took over) kill
-//!                          └─▶ (it did not)       resume
-//!   target: started with -incoming defer ─▶ load ─▶ paused ─▶ (commit) ─▶ resume ─▶ announce
+//!   source: Saver::new ─▶ stop ─▶ save ──┬─▶ (target took over) kill
+//!                                        └─▶ (it did not)       resume
+//!   target: started with -incoming defer ─▶ Loader::new ─▶ load ─▶ paused ─▶ (commit) ─▶ resume ─▶ announce
 //! ```
+//!
+//! What can be said to QEMU before the guest is paused is said before: each word costs a millisecond.
 //!
 //! Invariants
 //! * With `x-ignore-shared` the stream leaves out RAM that is a named shared file; the precheck made sure that all
@@ -37,21 +39,33 @@ const FD_NAME: &str = "whimbrel-state";
 /// No limit worth the name: the stream is small and its other end is on this host.
 const BANDWIDTH_BYTES_S: u64 = 64 << 30;
 
-/// Saves the device state of a VM, which is paused for it if it is not. On failure the VM stays paused and may be
-/// resumed.
-pub async fn save(qmp: &Qmp) -> Result<Vec<u8>> {
-    let saved = try_save(qmp).await;
-    if saved.is_err() {
-        // Nothing may be left under way that a later `cont` would trip over.
-        cancel(qmp).await;
+/// A QEMU that has been told how to save its state.
+pub struct Saver {
+    qmp: Qmp,
+}
+
+impl Saver {
+    /// Sets what a stream without RAM takes; it holds until somebody sets something else.
+    pub async fn new(qmp: &Qmp) -> Result<Self> {
+        prepare(qmp).await.context("prepare to save device state")?;
+        Ok(Self { qmp: qmp.clone() })
     }
-    saved.context("save device state")
+
+    /// Saves the device state of the VM, which is paused for it if it is not. On failure the VM stays paused and may
+    /// be resumed.
+    pub async fn save(&self) -> Result<Vec<u8>> {
+        let saved = try_save(&self.qmp).await;
+        if saved.is_err() {
+            // Nothing may be left under way that a later `cont` would trip over.
+            cancel(&self.qmp).await;
+        }
+        saved.context("save device state")
+    }
 }
 
 async fn try_save(qmp: &Qmp) -> Result<Vec<u8>> {
     let deadline = Instant::now() + STATE_LIMIT;
     qmp.stop().await?;
-    prepare(qmp).await?;
     let mut ours = give_end(qmp).await?;
     qmp.execute::<Value>("migrate", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
     let mut state = Vec::with_capacity(1 << 20);
@@ -69,24 +83,40 @@ async fn try_save(qmp: &Qmp) -> Result<Vec<u8>> {
     Ok(state)
 }
 
-/// Loads a saved state into a QEMU that was started for it. It is paused afterwards.
-pub async fn load(qmp: &Qmp, state: &[u8]) -> Result<()> {
-    try_load(qmp, state).await.context("load device state")
+/// A QEMU that waits for its state on a stream. It ends if this is dropped before the state has been loaded.
+pub struct Loader {
+    qmp: Qmp,
+    ours: UnixStream,
 }
 
-async fn try_load(qmp: &Qmp, state: &[u8]) -> Result<()> {
+impl Loader {
+    /// Has a QEMU that was started for it wait for its state.
+    pub async fn new(qmp: &Qmp) -> Result<Self> {
+        let ready = async {
+            let found = qmp.run_state().await?;
+            if found != "inmigrate" {
+                let words = format!("this QEMU does not wait for state: it is {found}");
+                return Err(Error::new(ErrorKind::InvalidInput, words));
+            }
+            prepare(qmp).await?;
+            let ours = give_end(qmp).await?;
+            qmp.execute::<Value>("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
+            Ok(Self { qmp: qmp.clone(), ours })
+        };
+        ready.await.context("prepare to load device state")
+    }
+
+    /// Loads a saved state. QEMU is paused afterwards.
+    pub async fn load(self, state: &[u8]) -> Result<()> {
+        try_load(&self.qmp, self.ours, state).await.context("load device state")
+    }
+}
+
+async fn try_load(qmp: &Qmp, mut ours: UnixStream, state: &[u8]) -> Result<()> {
     if state.len() > STATE_MAX_BYTES {
         return Err(Error::new(ErrorKind::InvalidInput, format!("it has {} bytes", state.len())));
     }
     let deadline = Instant::now() + STATE_LIMIT;
-    let found = qmp.run_state().await?;
-    if found != "inmigrate" {
-        let words = format!("this QEMU does not wait for state: it is {found}");
-        return Err(Error::new(ErrorKind::InvalidInput, words));
-    }
-    prepare(qmp).await?;
-    let mut ours = give_end(qmp).await?;
-    qmp.execute::<Value>("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") })).await?;
     let write = async {
         ours.write_all(state).await?;
         ours.shutdown().await

@@ -31,6 +31,7 @@ use crate::blocking::blocking;
 use crate::disk::{Layer, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
+use crate::guest::device_state::Saver;
 use crate::guest::dirty::Tracker;
 use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
@@ -293,6 +294,8 @@ pub struct Copying {
     pub layers: Vec<LayerCopy>,
     /// Layers that follow later.
     pub maps: Vec<LayerMap>,
+    /// Saves the device state at the end, in mode A.
+    pub saver: Option<Saver>,
     /// Judges every round.
     pub precopy: Precopy,
 }

@@ -34,7 +34,7 @@ use super::store::VolumeRecords;
 use super::{Shared, control};
 use crate::blocking::blocking;
 use crate::error::{Context as _, Error, Result};
-use crate::guest::device_state;
+use crate::guest::device_state::Saver;
 use crate::guest::inject::{self, Injected};
 use crate::link::PeerStream;
 use crate::memory::source::SourceOptions;
@@ -281,8 +281,9 @@ impl SourceSide {
             }
         }
         *self.state_stream.lock().await = Some(self.open(service::STATE, None).await?);
-        let memory = match self.offer.mode {
+        let (memory, saver) = match self.offer.mode {
             Mode::A => {
+                let saver = Saver::new(&vm.qmp().await?).await?;
                 let report = self.shared.vms.precheck(&vm).await?;
                 let options =
                     SourceOptions { limiter: Arc::clone(&self.limiter), ..SourceOptions::default() };
@@ -293,7 +294,8 @@ impl SourceSide {
                     None => inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?,
                 };
                 let progress = self.progress.clone();
-                Some(MemoryCopy::begin(&vm, &report, injected, stream, options, progress).await?)
+                let memory = MemoryCopy::begin(&vm, &report, injected, stream, options, progress).await?;
+                (Some(memory), Some(saver))
             }
             Mode::B => {
                 let wire = self.open(service::QEMU, None).await?;
@@ -301,11 +303,11 @@ impl SourceSide {
                 let source =
                     stream::Source::start(vm.qmp().await?, wire, &options, self.progress.clone()).await?;
                 *self.qemu_stream.lock().await = Some(source);
-                None
+                (None, None)
             }
         };
         let precopy = Precopy::new(Policy::new(self.downtime_limit_ms));
-        Ok(Copying { memory, layers, maps, precopy })
+        Ok(Copying { memory, layers, maps, saver, precopy })
     }
 
     /// The loop of rounds; ends when the guest is about to be paused.
@@ -415,15 +417,18 @@ impl SourceSide {
     async fn device_state(&self) -> Result<()> {
         let vm = self.vm()?;
         let mut guard = self.copying.lock().await;
-        let copying =
+        let Copying { memory, saver, .. } =
             guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: no copy"))?;
         let mut state = Vec::new();
         let mut head = StateHead::default();
         match self.offer.mode {
             Mode::A => {
-                state = device_state::save(&vm.qmp().await?).await?;
+                let saver = saver
+                    .as_ref()
+                    .ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: not prepared"))?;
+                state = saver.save().await?;
                 // Some devices write to RAM while they are saved.
-                if let Some(memory) = &mut copying.memory {
+                if let Some(memory) = memory {
                     memory.last_round().await?;
                     if self.offer.verify {
                         let hash = memory.compare().await?;

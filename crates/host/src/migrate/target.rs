@@ -41,7 +41,8 @@ use crate::blocking::blocking;
 use crate::clock;
 use crate::disk::{BaseImage, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
-use crate::guest::{device_state, launch, processor};
+use crate::guest::device_state::{self, Loader};
+use crate::guest::{launch, processor};
 use crate::link::{PeerIdentity, PeerStream, Router, StreamOffer};
 use crate::memory::stream::{self, StreamOptions};
 use crate::memory::target::TargetOptions;
@@ -70,6 +71,8 @@ pub struct TargetSide {
     events: Events<Target>,
     task: TaskHandle,
     vm: Mutex<Option<Arc<LocalVm>>>,
+    /// Mode A: where `vm`'s QEMU waits for its state.
+    loader: Mutex<Option<Loader>>,
     /// Waits for the end of `vm`'s QEMU.
     watcher: Mutex<Option<AbortHandle>>,
     /// This attempt may have left something of the VM on this host.
@@ -205,6 +208,7 @@ impl TargetSide {
             events: events.clone(),
             task,
             vm: Mutex::default(),
+            loader: Mutex::default(),
             watcher: Mutex::default(),
             prepared: AtomicBool::new(machine.step_now() >= Step::Prepare),
             volumes: VolumeRecords::new(&shared.meta),
@@ -388,7 +392,11 @@ impl TargetSide {
         self.prepared.store(true, Ordering::Release);
         let vm = self.shared.vms.launch(&record, true).await?;
         self.hold(Arc::clone(&vm));
-        let here = processor::features(&vm.qmp().await?).await?;
+        let qmp = vm.qmp().await?;
+        if self.offer.mode == Mode::A {
+            *self.loader.lock() = Some(Loader::new(&qmp).await?);
+        }
+        let here = processor::features(&qmp).await?;
         processor::must_be_equal(&self.offer.processor, &here)
             .with_context(|| format!("take vm {} at host {}", self.offer.vm, self.shared.host))
     }
@@ -496,9 +504,13 @@ impl TargetSide {
         if blake3::hash(&state).to_hex().as_str() != head.state_hash {
             return Err(Error::new(ErrorKind::Corrupt, "receive device state: its hash is wrong"));
         }
-        // Kept before it is loaded: a QEMU that dies from here on can be started again.
+        // Kept before anybody is told: a QEMU that dies from then on can be started again.
         crate::durable::replace_fast(&self.state_path(), &state)?;
-        device_state::load(&self.vm()?.qmp().await?, &state).await?;
+        let loader = self.loader.lock().take();
+        let loader = loader.ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "load device state: the QEMU that waited for it is gone")
+        })?;
+        loader.load(&state).await?;
         self.arrived.lock().qemu_loaded = true;
         Ok(())
     }
@@ -650,7 +662,7 @@ impl TargetSide {
         let record = VmRecord { spec: self.offer.spec.clone(), ..self.record().await? };
         let vm = self.shared.vms.launch(&record, true).await?;
         self.hold(Arc::clone(&vm));
-        device_state::load(&vm.qmp().await?, &state).await
+        Loader::new(&vm.qmp().await?).await?.load(&state).await
     }
 
     async fn discard(&self) -> Result<()> {

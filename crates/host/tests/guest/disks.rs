@@ -12,7 +12,7 @@ use whimbrel_host::Result;
 use whimbrel_host::block_dev::{BlockDev, BlockRead, Extent};
 use whimbrel_host::export::{DeviceSlot, VhostUserOptions, VhostUserServer, WriteTracker};
 use whimbrel_host::guest::binary::QemuBinary;
-use whimbrel_host::guest::device_state;
+use whimbrel_host::guest::device_state::{Loader, Saver};
 use whimbrel_host::guest::dirty::Tracker;
 use whimbrel_host::guest::inject::userfaultfd_of;
 use whimbrel_host::guest::launch::{DiskKind, DiskSocket, LaunchPlan};
@@ -147,7 +147,7 @@ async fn a_guest_with_a_busy_disk_moves_and_neither_memory_nor_disk_goes_back_in
             source.prints(20).await;
         }
         qmp.stop().await.unwrap();
-        let state = device_state::save(qmp).await.unwrap();
+        let state = Saver::new(qmp).await.unwrap().save().await.unwrap();
         server.slot().fence(Duration::from_secs(5)).unwrap();
         tracker.scan(&mut dirty).unwrap();
         merge(&mut dirty, &written, &ram, &mut image);
@@ -160,7 +160,7 @@ async fn a_guest_with_a_busy_disk_moves_and_neither_memory_nor_disk_goes_back_in
         qmp.cont().await.unwrap();
         source.prints(50).await;
         qmp.stop().await.unwrap();
-        let state_again = device_state::save(qmp).await.unwrap();
+        let state_again = Saver::new(qmp).await.unwrap().save().await.unwrap();
         server.slot().fence(Duration::from_secs(5)).unwrap();
         assert!(state_again.len() > state.len() / 2);
         ram.read_exact_at(&mut image, 0).unwrap();
@@ -168,7 +168,7 @@ async fn a_guest_with_a_busy_disk_moves_and_neither_memory_nor_disk_goes_back_in
         let other = serve("target", DeviceSlot::standby(disk.size_bytes()));
         let wanted = Wanted { name: "target", incoming: true, ram: Some(image), ..Wanted::default() };
         let target = start_plan(|files| disk_plan(&qemu, &wanted, files, other.path()), &wanted).await;
-        device_state::load(&target.started.qmp, &state_again).await.unwrap();
+        Loader::new(&target.started.qmp).await.unwrap().load(&state_again).await.unwrap();
         other.slot().activate(disk.clone()).unwrap();
         target.started.qmp.cont().await.unwrap();
         target.prints(200).await;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use whimbrel_host::export::DeviceSlot;
 use whimbrel_host::export::nbd::{NbdOptions, NbdServer};
 use whimbrel_host::guest::binary::QemuBinary;
-use whimbrel_host::guest::device_state;
+use whimbrel_host::guest::device_state::{Loader, Saver};
 use whimbrel_host::guest::foreign::{self, Plan};
 use whimbrel_host::guest::launch::{DiskKind, DiskSocket, LaunchPlan};
 use whimbrel_host::guest::precheck::{HostFacts, precheck};
@@ -198,10 +198,12 @@ async fn the_state_of_one_started_by_hand_fits_its_equal() {
             let plan = plan_for(&hand).await;
             assert_eq!(plan.refusals, Vec::<String>::new(), "{qemu}: {line:?}");
             let (equal, _servers) = equal(&qemu, &plan).await;
-            let state = device_state::save(&hand.qmp).await.unwrap();
+            let state = Saver::new(&hand.qmp).await.unwrap().save().await.unwrap();
             std::fs::copy(&hand.ram, &equal.plan.ram_path).unwrap();
             let before = pci(&hand.qmp).await;
-            device_state::load(&equal.started.qmp, &state)
+            let loader = Loader::new(&equal.started.qmp).await.unwrap();
+            loader
+                .load(&state)
                 .await
                 .unwrap_or_else(|error| panic!("{qemu}: {line:?}: {error}; {:?}", plan.foreign.args));
             assert_eq!(pci(&equal.started.qmp).await, before, "{qemu}: {line:?}");

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use crate::support::{RAM_BYTES, TestVm, Wanted, qemus, start};
-use whimbrel_host::guest::device_state;
+use whimbrel_host::guest::device_state::{self, Loader, Saver};
 use whimbrel_host::guest::dirty::Tracker;
 use whimbrel_host::guest::inject::userfaultfd_of;
 use whimbrel_host::guest::precheck::{HostFacts, precheck};
@@ -63,7 +63,7 @@ async fn memory_copied_in_rounds_equals_the_source_at_the_pause_and_the_target_c
         source.started.qmp.stop().await.unwrap();
         let at_pause = all_of(&ram);
         assert!(image != at_pause, "without the last round the copy is stale, else this test shows nothing");
-        let state = device_state::save(&source.started.qmp).await.unwrap();
+        let state = Saver::new(&source.started.qmp).await.unwrap().save().await.unwrap();
         println!("{qemu}: device state of {} bytes", state.len());
         tracker.scan(&mut dirty).unwrap();
         copy(&mut dirty, &ram, &mut image);
@@ -72,7 +72,7 @@ async fn memory_copied_in_rounds_equals_the_source_at_the_pause_and_the_target_c
 
         let wanted = Wanted { name: "target", incoming: true, ram: Some(image.clone()), ..Wanted::default() };
         let target = start(&qemu, wanted).await;
-        device_state::load(&target.started.qmp, &state).await.unwrap();
+        Loader::new(&target.started.qmp).await.unwrap().load(&state).await.unwrap();
         assert!(image == all_of(&target.ram()), "loading device state changed RAM");
         let before = target.printed();
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::support::{TestVm, Wanted, qemus, start};
 use whimbrel_engine::memory::precopy::{Decision, Policy, Precopy, WhenStuck};
-use whimbrel_host::guest::device_state;
+use whimbrel_host::guest::device_state::{Loader, Saver};
 use whimbrel_host::guest::dirty::Tracker;
 use whimbrel_host::guest::inject::userfaultfd_of;
 use whimbrel_host::guest::precheck::{HostFacts, precheck};
@@ -56,7 +56,7 @@ async fn rounds_over_a_stream_move_a_writing_guest_with_equal_ram() {
             }
         }
         from.started.qmp.stop().await.unwrap();
-        let state = device_state::save(&from.started.qmp).await.unwrap();
+        let state = Saver::new(&from.started.qmp).await.unwrap().save().await.unwrap();
         tracker.scan(&mut sets[0]).unwrap();
         assert!(!sets[0].is_empty(), "the guest writes all the time");
         let last = source.send_round(&sets, true).await.unwrap();
@@ -66,7 +66,7 @@ async fn rounds_over_a_stream_move_a_writing_guest_with_equal_ram() {
         assert!(receiving.await.unwrap().unwrap().complete);
         tracker.detach().unwrap();
 
-        device_state::load(&to.started.qmp, &state).await.unwrap();
+        Loader::new(&to.started.qmp).await.unwrap().load(&state).await.unwrap();
         to.started.qmp.cont().await.unwrap();
         to.prints(20).await;
         tokio::time::sleep(Duration::from_millis(10)).await;
