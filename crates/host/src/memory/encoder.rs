@@ -30,6 +30,8 @@ use crate::memory::ram::RamFile;
 pub const GROUP_PAGES: usize = 64;
 /// A zero frame is sent when it has so many runs.
 const ZERO_RUNS: usize = 1024;
+/// A block that is this much smaller without its frequent words is left at that where the link is fast.
+const WORDED_RATIO: f64 = 0.6;
 
 /// The processor time of the calling thread, seconds.
 pub fn thread_cpu_s() -> f64 {
@@ -303,7 +305,8 @@ impl Worker {
         let plain_bytes = payload.len() as u64;
         let packing_s = thread_cpu_s();
         self.gather_cpu_s += packing_s - start_s;
-        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload)?;
+        let shrunk = payload.len() as f64 <= raw.len() as f64 * WORDED_RATIO;
+        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload, shrunk)?;
         if let Verdict::Compress { level } = verdict {
             let room = self.packed.get_mut(..limit(payload.len())).unwrap_or(&mut []);
             let packed_len = self.compressor.compress(level, payload, room)?;
@@ -317,12 +320,20 @@ impl Worker {
         let (raw_bytes, wire_bytes) = (raw.len() as u64, payload.len() as u64);
         {
             let mut chooser = self.chooser.lock();
-            chooser.observe_plain(raw_bytes, plain_bytes);
-            // Blocks that test C spares are part of what a level costs and gives.
-            if let Choice::Level(index) = chooser.choice()
-                && let Some(level) = LEVELS.get(index)
-            {
-                chooser.observe_compress(*level, raw_bytes, wire_bytes, framing_s - packing_s);
+            match chooser.choice() {
+                // Bargains are part of what sending raw costs and gives.
+                Choice::Raw(_) => {
+                    chooser.observe_plain(raw_bytes, wire_bytes);
+                    self.gather_cpu_s += framing_s - packing_s;
+                }
+                // Blocks that test C spares are part of what a level costs and gives.
+                Choice::Level(index) => {
+                    chooser.observe_plain(raw_bytes, plain_bytes);
+                    if let Some(level) = LEVELS.get(index) {
+                        chooser.observe_compress(*level, raw_bytes, wire_bytes, framing_s - packing_s);
+                    }
+                    self.work.cpu_s += framing_s - packing_s;
+                }
             }
         }
         if encoding != Encoding::Raw {
@@ -331,7 +342,6 @@ impl Worker {
         }
         wire::put_pages(out, self.round, self.data_block, encoding, &self.data_runs, raw, payload);
         self.work.counts.data_pages += raw_bytes / PAGE_BYTES as u64;
-        self.work.cpu_s += framing_s - packing_s;
         self.data_len = 0;
         self.data_runs.clear();
         self.gather_cpu_s += thread_cpu_s() - framing_s;
@@ -343,14 +353,22 @@ impl Worker {
 }
 
 /// Whether to compress `plain`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
-/// alike for long stretches.
+/// alike for long stretches. A block that leaving out words has `shrunk` is no bargain.
 fn decide(
     chooser: &Mutex<Chooser>,
     compressor: &mut Compressor,
     last_ratio: &mut f64,
     plain: &[u8],
+    shrunk: bool,
 ) -> Result<Verdict> {
-    let default = chooser.lock().decide(0.0);
+    let (default, bargains) = {
+        let chooser = chooser.lock();
+        (chooser.decide(0.0), chooser.bargains() && !shrunk)
+    };
+    if bargains {
+        let ratio = compressor.sample_ratio(plain)?;
+        return Ok(chooser.lock().decide_bargain(ratio));
+    }
     if matches!(default, Verdict::Raw(_)) || *last_ratio < 0.8 {
         return Ok(default);
     }

@@ -28,16 +28,15 @@ pub struct Pace {
     chooser: Arc<Mutex<Chooser>>,
     window: LinkWindow,
     cpu: CpuMeter,
-    /// The choice stays as it began: raw.
-    raw_only: bool,
 }
 
 impl Pace {
     /// Meters for a move with so many encoding threads.
     pub fn new(workers: usize, raw_only: bool) -> Self {
         let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
-        let chooser = Arc::new(Mutex::new(Chooser::new(count(cores()), count(workers))));
-        Self { chooser, window: LinkWindow::new(), cpu: CpuMeter::new(), raw_only }
+        let chooser = Chooser::new(count(cores()), count(workers));
+        let chooser = if raw_only { chooser.raw_only() } else { chooser };
+        Self { chooser: Arc::new(Mutex::new(chooser)), window: LinkWindow::new(), cpu: CpuMeter::new() }
     }
 
     /// The choice, shared with the encoding threads.
@@ -71,9 +70,7 @@ impl Pace {
         if let Some((cores, seconds)) = spare {
             chooser.observe_spare_cores(cores, seconds);
         }
-        if !self.raw_only {
-            chooser.end_window();
-        }
+        chooser.end_window();
         self.window = LinkWindow::new();
     }
 }
