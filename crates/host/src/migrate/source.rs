@@ -524,9 +524,6 @@ impl SourceSide {
         let copying = self.copying.lock().await.take();
         let vm = self.vm.lock().take();
         if let Some(vm) = vm {
-            if let Some(copying) = copying {
-                copying.abandon(&vm);
-            }
             for path in vm.foreign_ram().await {
                 let why = "whoever started the VM made it";
                 self.task.note(format!(
@@ -535,6 +532,10 @@ impl SourceSide {
                 ));
             }
             self.shared.vms.forget(&vm).await;
+            // Not before QEMU has ended: to undo the tracking of a process that lives takes longer than to end it.
+            if let Some(copying) = copying {
+                copying.abandon(&vm);
+            }
         }
         // A QEMU that ended while no agent ran has left its files.
         self.shared.vms.clear(&self.offer.vm, self.offer.epoch).await?;
