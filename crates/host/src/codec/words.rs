@@ -22,6 +22,10 @@ const HEAD_BYTES: usize = 8 + MASK_BYTES;
 /// A page is masked if at most this many of its words are others: an eighth saved pays for reading the mask.
 const OTHERS_MAX: usize = WORDS * 7 / 8;
 const SAMPLES: usize = 32;
+/// Modes of a page: as it is; with its mask; with the mask of the masked page before it.
+const PLAIN: u8 = 0;
+const MASKED: u8 = 1;
+const MASKED_ALIKE: u8 = 2;
 
 /// Writes the pages of `raw` (whole pages) into the front of `out` and returns how many bytes that took; nothing if
 /// `out` is too small.
@@ -30,13 +34,28 @@ pub fn pack(raw: &[u8], out: &mut [u8]) -> Option<usize> {
     let (modes, mut rest) = out.split_at_mut_checked(pages)?;
     let room = rest.len();
     let mut masked = [0; PAGE_BYTES + HEAD_BYTES];
+    let mut last = None;
     for (page, mode) in raw.chunks_exact(PAGE_BYTES).zip(modes) {
         let found = mask(page, frequent(page), &mut masked);
-        *mode = u8::from(found.is_some());
-        let bytes = found.and_then(|len| masked.get(..len)).unwrap_or(page);
-        let (place, behind) = rest.split_at_mut_checked(bytes.len())?;
-        place.copy_from_slice(bytes);
-        rest = behind;
+        let parts = match found.and_then(|len| split(masked.get(..len)?)) {
+            None => [page, &[], &[]],
+            // Arrays of one structure repeat its layout.
+            Some((word, mask, others)) if last == Some(*mask) => [&word[..], &[], others],
+            Some((word, mask, others)) => {
+                last = Some(*mask);
+                [&word[..], &mask[..], others]
+            }
+        };
+        *mode = match (found.is_some(), parts[1].is_empty()) {
+            (false, _) => PLAIN,
+            (true, false) => MASKED,
+            (true, true) => MASKED_ALIKE,
+        };
+        for part in parts {
+            let (place, behind) = rest.split_at_mut_checked(part.len())?;
+            place.copy_from_slice(part);
+            rest = behind;
+        }
     }
     Some(pages + room - rest.len())
 }
@@ -45,21 +64,32 @@ pub fn pack(raw: &[u8], out: &mut [u8]) -> Option<usize> {
 pub fn unpack(packed: &[u8], raw: &mut [u8]) -> Result<()> {
     let bad = || Error::new(ErrorKind::Corrupt, "read words of pages: they do not fill the pages exactly");
     let (modes, mut rest) = packed.split_at_checked(raw.len() / PAGE_BYTES).ok_or_else(bad)?;
+    let mut last = None;
     for (page, mode) in raw.chunks_exact_mut(PAGE_BYTES).zip(modes) {
-        let taken = match mode {
-            0 => page.len(),
-            1 => HEAD_BYTES,
-            _ => return Err(bad()),
-        };
-        let (bytes, behind) = rest.split_at_checked(taken).ok_or_else(bad)?;
-        rest = behind;
-        if *mode == 0 {
+        if *mode == PLAIN {
+            let (bytes, behind) = rest.split_at_checked(page.len()).ok_or_else(bad)?;
+            rest = behind;
             page.copy_from_slice(bytes);
-        } else {
-            rest = unmask(bytes, rest, page).ok_or_else(bad)?;
+            continue;
         }
+        let (word, behind) = rest.split_first_chunk::<8>().ok_or_else(bad)?;
+        rest = behind;
+        if *mode == MASKED {
+            let (mask, behind) = rest.split_first_chunk::<MASK_BYTES>().ok_or_else(bad)?;
+            (last, rest) = (Some(mask), behind);
+        } else if *mode != MASKED_ALIKE {
+            return Err(bad());
+        }
+        rest = last.and_then(|mask| unmask(word, mask, rest, page)).ok_or_else(bad)?;
     }
     if rest.is_empty() { Ok(()) } else { Err(bad()) }
+}
+
+/// A masked page's frequent word, mask and other words.
+fn split(masked: &[u8]) -> Option<(&[u8; 8], &[u8; MASK_BYTES], &[u8])> {
+    let (word, rest) = masked.split_first_chunk()?;
+    let (mask, others) = rest.split_first_chunk()?;
+    Some((word, mask, others))
 }
 
 fn word(bytes: &[u8]) -> u64 {
@@ -105,9 +135,13 @@ fn mask(page: &[u8], common: u64, out: &mut [u8; PAGE_BYTES + HEAD_BYTES]) -> Op
     (at <= OTHERS_MAX * 8).then_some(HEAD_BYTES + at)
 }
 
-/// Fills the page from its head and the others; returns what follows them.
-fn unmask<'a>(head: &[u8], others: &'a [u8], page: &mut [u8]) -> Option<&'a [u8]> {
-    let (fill, masks) = head.split_at_checked(8)?;
+/// Fills the page from its frequent word, its mask and the others; returns what follows them.
+fn unmask<'a>(
+    fill: &[u8; 8],
+    masks: &[u8; MASK_BYTES],
+    others: &'a [u8],
+    page: &mut [u8],
+) -> Option<&'a [u8]> {
     let count: u32 = masks.iter().map(|mask| mask.count_ones()).sum();
     let (others, behind) = others.split_at_checked(count as usize * 8)?;
     let mut others = others.chunks_exact(8);
@@ -152,6 +186,26 @@ mod test {
         assert_eq!(pack(&[], &mut []), Some(0));
     }
 
+    #[test]
+    fn a_layout_that_repeats_is_said_once() {
+        let page = |common: u64| -> Vec<u8> {
+            let word = |at: u64| if at.is_multiple_of(3) { at * 0x9e37_79b9 + common + 1 } else { common };
+            (0..WORDS as u64).flat_map(|at| word(at).to_le_bytes()).collect()
+        };
+        let noise = pages(&[(0, 8)]);
+        let raw = [page(5), page(1 << 40), noise, page(9)].concat();
+        let mut out = vec![0; raw.len() + 4];
+        let len = pack(&raw, &mut out).unwrap();
+        assert_eq!(out[..4], [MASKED, MASKED_ALIKE, PLAIN, MASKED_ALIKE]);
+        assert_eq!(len, 4 + PAGE_BYTES + MASK_BYTES + 3 * (8 + 171 * 8));
+        let mut back = vec![0; raw.len()];
+        unpack(&out[..len], &mut back).unwrap();
+        assert!(back == raw);
+        // Nothing comes before the first page.
+        out[0] = MASKED_ALIKE;
+        assert!(unpack(&out[..len - MASK_BYTES], &mut back).is_err());
+    }
+
     proptest! {
         #[test]
         fn what_was_packed_is_unpacked(kinds in prop::collection::vec((any::<u64>(), 0u8..9), 0..5), room in 0usize..22_000) {
@@ -169,7 +223,7 @@ mod test {
         #[test]
         fn foreign_bytes_fill_the_pages_exactly_or_fail(
             packed in prop::collection::vec(any::<u8>(), 0..9000),
-            modes in prop::collection::vec(0u8..3, 0..3),
+            modes in prop::collection::vec(0u8..4, 0..4),
         ) {
             let bytes: Vec<u8> = modes.iter().copied().chain(packed).collect();
             let _ = unpack(&bytes, &mut vec![0; modes.len() * PAGE_BYTES]);

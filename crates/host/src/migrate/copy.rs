@@ -25,7 +25,7 @@ use whimbrel_wire::Name;
 use whimbrel_wire::peer::migrate::PullHead;
 use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
-use super::data;
+use super::data::{self, Chunk};
 use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
 use crate::disk::{Layer, ShipEnd};
@@ -192,12 +192,15 @@ impl LayerCopy {
         let mut sent = 0;
         for _ in 0..CATCH_UP_PASSES {
             let (layer, from) = (Arc::clone(&self.layer), self.position);
-            let (chunk, next) = blocking("read a layer", move || layer.read_ship(&from, CHUNK_BYTES)).await?;
-            if chunk.is_empty() {
-                break;
-            }
-            data::write_piece(&mut self.stream, &chunk).await?;
-            sent += chunk.len() as u64;
+            let read = move || {
+                let (log, next) = layer.read_ship(&from, CHUNK_BYTES)?;
+                let chunk = if log.is_empty() { None } else { Some(Chunk::pack(&log)?) };
+                Ok((chunk, next))
+            };
+            let (chunk, next) = blocking("read a layer", read).await?;
+            let Some(chunk) = chunk else { break };
+            data::write_piece(&mut self.stream, chunk.bytes()).await?;
+            sent += chunk.bytes().len() as u64;
             self.position = next;
         }
         Ok(sent)

@@ -1,7 +1,8 @@
 //! Data streams beside memory: layers, and what ends the copy.
 //!
 //! ```text
-//! migrate.layer   source: length u32 LE, chunk … │ 0, ship position (52 bytes)    target: 0 = durable │ length, error JSON
+//! migrate.layer   source: length u32 LE, form u8, chunk … │ 0, ShipSeal JSON      target: 0 = durable │ length, error JSON
+//!                   form 0: a piece of the log; 1: its length u32 LE, one zstd frame
 //!   on demand     source: length u32 LE, PullHead JSON, pieces of the map … │ 0         target: likewise
 //! migrate.state   source: length u32 LE, StateHead JSON, device state             target: likewise
 //! ```
@@ -9,11 +10,15 @@
 //! Invariants: every length is checked before memory is taken for it; a target answers only after what it answers
 //! for is durable.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use whimbrel_engine::block::encode::BARGAIN_RATIO;
 use whimbrel_wire::WireError;
 
+use crate::codec::{Compressor, Decompressor};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 
 /// Services of the streams.
@@ -55,6 +60,66 @@ pub async fn read_piece(stream: &mut (impl AsyncRead + Unpin), into: &mut Vec<u8
     Ok(length > 0)
 }
 
+/// A chunk of a layer's log as it travels: its form, then what the form says.
+#[derive(Debug)]
+pub struct Chunk(Vec<u8>);
+
+const PLAIN: u8 = 0;
+const ZSTD: u8 = 1;
+/// Form and decoded length.
+const ZSTD_HEAD_BYTES: usize = 5;
+/// zstd's level: disks compress better than memory, and there is less of them.
+const LEVEL: i32 = -1;
+
+impl Chunk {
+    /// Compresses a piece of a log if a sample promises that it is worth it. Works for milliseconds.
+    pub fn pack(log: &[u8]) -> Result<Self> {
+        let mut compressor = Compressor::new()?;
+        if compressor.sample_ratio(log)? <= BARGAIN_RATIO {
+            let mut bytes = vec![0; log.len()];
+            if let Some(room) = bytes.get_mut(ZSTD_HEAD_BYTES..)
+                && let Some(length) = compressor.compress(LEVEL, log, room)?
+            {
+                bytes.truncate(ZSTD_HEAD_BYTES + length);
+                let raw_bytes = u32::try_from(log.len()).unwrap_or(u32::MAX).to_le_bytes();
+                let head = std::iter::once(ZSTD).chain(raw_bytes);
+                bytes.iter_mut().zip(head).for_each(|(byte, head)| *byte = head);
+                return Ok(Self(bytes));
+            }
+        }
+        Ok(Self([&[PLAIN], log].concat()))
+    }
+
+    /// A chunk as it came.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// The piece of the log; fails with kind `Corrupt`. Works for milliseconds.
+    pub fn unpack(&self) -> Result<Cow<'_, [u8]>> {
+        let bad = |what: &str| Error::new(ErrorKind::Corrupt, format!("receive a piece of a layer: {what}"));
+        match self.0.split_first() {
+            Some((&PLAIN, log)) => Ok(Cow::Borrowed(log)),
+            Some((&ZSTD, rest)) => {
+                let (length, packed) = rest.split_first_chunk().ok_or_else(|| bad("it has no length"))?;
+                let length = u32::from_le_bytes(*length) as usize;
+                if length > PIECE_MAX_BYTES {
+                    return Err(bad(&format!("{length} bytes are too many")));
+                }
+                let mut log = vec![0; length];
+                Decompressor::new()?.decompress(packed, &mut log)?;
+                Ok(Cow::Owned(log))
+            }
+            _ => Err(bad("its form is not known")),
+        }
+    }
+
+    /// The bytes that travel.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// Writes a value as a piece of JSON.
 pub async fn write_json(stream: &mut (impl AsyncWrite + Unpin), value: &impl Serialize) -> Result<()> {
     let bytes = serde_json::to_vec(value)
@@ -88,6 +153,31 @@ pub async fn read_result(stream: &mut (impl AsyncRead + Unpin)) -> Result<()> {
 #[cfg(test)]
 mod test {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_chunk_comes_back_and_foreign_ones_fail(
+            log in prop::collection::vec(any::<u8>(), 0..6000), zeros in 0usize..20_000, foreign in prop::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let log = [log, vec![0; zeros]].concat();
+            let chunk = Chunk::pack(&log).unwrap();
+            prop_assert!(chunk.bytes().len() <= log.len() + 1);
+            prop_assert!(zeros < 10_000 || chunk.bytes().len() < log.len() - zeros / 2);
+            let came = Chunk::new(chunk.bytes().to_vec());
+            prop_assert_eq!(came.unpack().unwrap(), log);
+            for form in [PLAIN, ZSTD, 2] {
+                let _ = Chunk::new([&[form], &foreign[..]].concat()).unpack();
+            }
+        }
+    }
+
+    #[test]
+    fn a_chunk_may_not_say_that_it_is_larger_than_a_piece() {
+        let bytes = [&[ZSTD], &u32::MAX.to_le_bytes()[..], b"x"].concat();
+        let error = Chunk::new(bytes).unpack().unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("too many"), "{error}");
+    }
 
     #[tokio::test]
     async fn pieces_and_results_arrive_and_long_ones_are_refused() {

@@ -33,7 +33,7 @@ use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
 use whimbrel_wire::peer::migrate::{Control, DataOpen, PullHead, StateHead};
 use whimbrel_wire::{AttemptId, Epoch, ErrorKind, Name};
 
-use super::data::{self, service};
+use super::data::{self, Chunk, service};
 use super::driver::{self, Events, Hands, WorkFailed};
 use super::store::VolumeRecords;
 use super::{Shared, control};
@@ -456,15 +456,14 @@ impl TargetSide {
         loop {
             if self.unless_over(data::read_piece(&mut stream, &mut chunk)).await? {
                 // Disk writes wait; the other streams of the move must not.
-                let (mut taken, bytes) = (receiver.take(), std::mem::take(&mut chunk));
+                let (mut taken, came) = (receiver.take(), Chunk::new(std::mem::take(&mut chunk)));
                 let written = blocking("write a received layer", move || {
                     if let Some(receiver) = &mut taken {
-                        receiver.write(&bytes)?;
+                        receiver.write(&came.unpack()?)?;
                     }
-                    Ok((taken, bytes))
+                    Ok(taken)
                 });
-                (receiver, chunk) =
-                    written.await.with_context(|| format!("receive layer of volume {name}"))?;
+                receiver = written.await.with_context(|| format!("receive layer of volume {name}"))?;
                 continue;
             }
             let seal: ShipSeal = self.unless_over(data::read_json(&mut stream)).await?;

@@ -33,9 +33,10 @@
 //! order: nothing (zero), `4096 × pages` bytes (raw), one zstd frame that decodes to exactly that many bytes, words,
 //! or one zstd frame that decodes to words. In a control frame the whole body counts as payload.
 //!
-//! Words stand for pages in which one 64-bit word (zero, a pattern) is frequent: one byte per page, 0 or 1; then,
+//! Words stand for pages in which one 64-bit word (zero, a pattern) is frequent: one byte per page, 0, 1 or 2; then,
 //! page by page, for 0 its 4096 bytes, for 1 the frequent word (8 bytes), a mask of 512 bits (64 bytes, bit *i* of
-//! byte *j* for word 8*j* + *i*; set: the word is another one), and the other words in order (8 bytes each).
+//! byte *j* for word 8*j* + *i*; set: the word is another one), and the other words in order (8 bytes each); for 2 the
+//! same without the mask, which is that of the last page before it that has one (there must be one).
 //!
 //! Body of a bytes frame: encoding `u8` (1 raw, 2 zstd), reserved 3 bytes, decoded length `u32` of at most
 //! [`CHUNK_BYTES_MAX`], payload.
