@@ -448,7 +448,14 @@ impl Vms {
                 self.set_state(&vm.name, record.value.right.epoch, VmState::Running).await?;
                 self.watch(&vm);
                 tokio::spawn(async move {
-                    if let Err(error) = vm.wake_disks().await {
+                    if !vm.has_lost_disks().await {
+                        return;
+                    }
+                    let wake = async {
+                        let _busy = vm.busy("wake its disks")?;
+                        vm.wake_disks().await
+                    };
+                    if let Err(error) = wake.await {
                         tracing::error!(vm = %vm.name, %error, "its disks may stand still; moving it helps");
                     }
                 });

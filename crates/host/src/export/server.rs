@@ -168,6 +168,11 @@ impl VhostUserServer {
         self.shared.current.lock().is_some()
     }
 
+    /// Whether a front-end is connected and has said something.
+    pub fn has_spoken(&self) -> bool {
+        self.shared.current.lock().as_ref().is_some_and(|connection| connection.spoke)
+    }
+
     /// Whether a front-end is connected that will say nothing by itself: see `greeting`.
     pub fn is_mute(&self) -> bool {
         let current = self.shared.current.lock();

@@ -504,6 +504,8 @@ impl SourceSide {
         if qmp.run_state().await? != "running" {
             vm.disks_connected().await;
             qmp.cont().await?;
+        } else if vm.has_lost_disks().await {
+            vm.wake_disks().await?;
         }
         // Handed back, the right is newer than the one it ran under. Read after the guest goes on: it waits for nobody.
         let (meta, key) = (&*self.shared.meta, key::vm(&vm.name));

@@ -37,8 +37,6 @@ const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to connect again to disks that are served again; it tries every second.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// How long a QEMU that is connected is given to speak.
-const WAKE_AFTER: Duration = Duration::from_millis(500);
 
 /// A disk of a VM.
 pub struct VmDisk {
@@ -117,6 +115,14 @@ impl VmDisk {
     fn is_connected(&self) -> bool {
         match &*self.server.lock() {
             Some(DiskServer::VhostUser(server)) => server.connected(),
+            Some(DiskServer::Nbd(_)) | None => true,
+        }
+    }
+
+    /// Whether QEMU is connected and has said something.
+    fn has_spoken(&self) -> bool {
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.has_spoken(),
             Some(DiskServer::Nbd(_)) | None => true,
         }
     }
@@ -508,16 +514,23 @@ impl LocalVm {
         }
     }
 
-    /// Wakes the disks of a QEMU that was found again, if it is one that has lost track of them: the guest is stopped
-    /// and made to run (see `export::greeting`).
-    pub(crate) async fn wake_disks(self: &Arc<Self>) -> Result<()> {
-        self.disks_connected().await;
-        tokio::time::sleep(WAKE_AFTER).await;
-        if !self.disks.iter().any(VmDisk::is_mute) {
-            return Ok(());
+    /// Whether a QEMU that was found again has lost track of its disks (see `export::greeting`); waits for it to connect,
+    /// but not for long.
+    pub(crate) async fn has_lost_disks(&self) -> bool {
+        let deadline = Instant::now() + CONNECT_LIMIT;
+        while !self.disks.iter().all(VmDisk::has_spoken) && Instant::now() < deadline {
+            if self.disks.iter().any(VmDisk::is_mute) {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        false
+    }
+
+    /// Has a QEMU that has lost track of its disks find them: the guest is stopped and made to run. Nobody else may
+    /// stop it meanwhile.
+    pub(crate) async fn wake_disks(&self) -> Result<()> {
         let action = || format!("wake the disks of vm {}", self.name);
-        let _busy = self.busy(&action())?;
         let qmp = self.qmp().await?;
         // One that is paused finds them when it is made to run.
         if qmp.run_state().await? != "running" {
