@@ -312,7 +312,11 @@ impl Shared {
 
     /// Handles messages until the front-end is gone or the service ends.
     fn handle(&self, stream: UnixStream, frontend: &Arc<Mutex<Frontend>>) -> Result<()> {
-        // A service that ends shuts the connection down, which ends this wait too.
+        // A service that ends shuts the connection down, which ends the wait below; one that ended before the
+        // connection was known is seen here.
+        if self.stop.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         let Some(greets) = begins_with_greeting(&stream).context("hear a front-end")? else { return Ok(()) };
         if let Some(connection) = &mut *self.current.lock() {
             connection.spoke = true;
