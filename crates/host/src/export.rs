@@ -39,7 +39,7 @@ mod slot;
 mod socket;
 
 pub use dirty::WriteTracker;
-pub use server::{ExportCounters, VhostUserOptions, VhostUserServer};
+pub use server::{ExportCounters, FrontEndState, VhostUserOptions, VhostUserServer};
 pub use slot::{DeviceSlot, SlotState};
 pub use socket::SocketOwner;
 

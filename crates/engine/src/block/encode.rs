@@ -17,11 +17,11 @@
 //! `min(compress rate × spare processors, link rate / ratio)` raw bytes per second, and sending raw
 //! `min(gather rate × processors, link rate / ratio)`. The best rate counts; of those that give up at most a quarter
 //! of it the one with the fewest bytes wins: what a move does not put on a wire others have.
-//! Where the link is faster, a block that promises to shrink to [`BARGAIN_RATIO`] is compressed all the same, with the
-//! fastest level: encrypting, sending and receiving what it saves costs more processor time than that.
-//!
 //! They are re-read once per window and change only after two windows agree, so that one late sample does not
 //! flip the default. Test C is made for every block.
+//!
+//! Where the link is faster, a block that promises to shrink to [`BARGAIN_RATIO`] is compressed all the same, with the
+//! fastest level: encrypting, sending and receiving what it saves costs more processor time than that.
 //!
 //! Invariants: a pure function of what was observed; zero blocks never come here (they have no payload).
 //!
@@ -226,13 +226,10 @@ impl Chooser {
 
     /// Test C for one block that is sent raw by default.
     pub fn decide_bargain(&self, sample_ratio: f64) -> Verdict {
-        match self.choice {
-            Choice::Raw(_) if self.bargains() && sample_ratio <= BARGAIN_RATIO => {
-                Verdict::Compress { level: LEVELS[0] }
-            }
-            Choice::Raw(reason) => Verdict::Raw(reason),
-            Choice::Level(_) => self.decide(sample_ratio),
+        if self.bargains() && sample_ratio <= BARGAIN_RATIO {
+            return Verdict::Compress { level: LEVELS[0] };
         }
+        self.decide(sample_ratio)
     }
 
     /// Wire bytes per raw byte that the default is expected to give.

@@ -37,20 +37,16 @@ pub fn pack(raw: &[u8], out: &mut [u8]) -> Option<usize> {
     let mut last = None;
     for (page, mode) in raw.chunks_exact(PAGE_BYTES).zip(modes) {
         let found = mask(page, frequent(page), &mut masked);
-        let parts = match found.and_then(|len| split(masked.get(..len)?)) {
-            None => [page, &[], &[]],
+        let (form, parts) = match found.and_then(|len| split(masked.get(..len)?)) {
+            None => (PLAIN, [page, &[], &[]]),
             // Arrays of one structure repeat its layout.
-            Some((word, mask, others)) if last == Some(*mask) => [&word[..], &[], others],
+            Some((word, mask, others)) if last == Some(*mask) => (MASKED_ALIKE, [&word[..], &[], others]),
             Some((word, mask, others)) => {
                 last = Some(*mask);
-                [&word[..], &mask[..], others]
+                (MASKED, [&word[..], &mask[..], others])
             }
         };
-        *mode = match (found.is_some(), parts[1].is_empty()) {
-            (false, _) => PLAIN,
-            (true, false) => MASKED,
-            (true, true) => MASKED_ALIKE,
-        };
+        *mode = form;
         for part in parts {
             let (place, behind) = rest.split_at_mut_checked(part.len())?;
             place.copy_from_slice(part);

@@ -87,6 +87,19 @@ pub struct ExportCounters {
     pub errors: u64,
 }
 
+/// The front-end at a device's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontEndState {
+    /// Nobody is connected.
+    Absent,
+    /// It has said nothing yet.
+    New,
+    /// It will say nothing by itself: see `greeting`.
+    Mute,
+    /// It has said something.
+    Spoke,
+}
+
 /// A connection.
 struct Connection {
     frontend: Arc<Mutex<Frontend>>,
@@ -163,22 +176,14 @@ impl VhostUserServer {
         &self.shared.device.slot
     }
 
-    /// Whether a front-end is connected now.
-    pub fn connected(&self) -> bool {
-        self.shared.current.lock().is_some()
-    }
-
-    /// Whether a front-end is connected and has said something.
-    pub fn has_spoken(&self) -> bool {
-        self.shared.current.lock().as_ref().is_some_and(|connection| connection.spoke)
-    }
-
-    /// Whether a front-end is connected that will say nothing by itself: see `greeting`.
-    pub fn is_mute(&self) -> bool {
-        let current = self.shared.current.lock();
-        current
-            .as_ref()
-            .is_some_and(|connection| !connection.spoke && connection.since.elapsed() >= MUTE_AFTER)
+    /// Who is connected now.
+    pub fn front_end(&self) -> FrontEndState {
+        match &*self.shared.current.lock() {
+            None => FrontEndState::Absent,
+            Some(connection) if connection.spoke => FrontEndState::Spoke,
+            Some(connection) if connection.since.elapsed() >= MUTE_AFTER => FrontEndState::Mute,
+            Some(_) => FrontEndState::New,
+        }
     }
 
     fn frontend(&self) -> Option<Arc<Mutex<Frontend>>> {

@@ -57,7 +57,9 @@ impl Saver {
         let saved = try_save(&self.qmp).await;
         if saved.is_err() {
             // Nothing may be left under way that a later `cont` would trip over.
-            cancel(&self.qmp).await;
+            if let Err(error) = self.qmp.cancel_migration().await {
+                tracing::debug!(%error, "cancel after a failed save");
+            }
         }
         saved.context("save device state")
     }
@@ -176,21 +178,6 @@ async fn completed(qmp: &Qmp, deadline: Instant) -> Result<()> {
             }
             _ if Instant::now() >= deadline => return Err(late()),
             _ => sleep(Duration::from_millis(1)).await,
-        }
-    }
-}
-
-async fn cancel(qmp: &Qmp) {
-    if let Err(error) = qmp.execute::<Value>("migrate_cancel", json!({})).await {
-        tracing::debug!(%error, "cancel after a failed save");
-    }
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while Instant::now() < deadline {
-        let info: Result<Value> = qmp.execute("query-migrate", json!({})).await;
-        let status = info.ok().and_then(|info| Some(info.get("status")?.as_str()?.to_owned()));
-        match status.as_deref() {
-            Some("setup" | "active" | "device" | "cancelling") => sleep(Duration::from_millis(2)).await,
-            _ => return,
         }
     }
 }

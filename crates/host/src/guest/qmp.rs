@@ -29,7 +29,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, oneshot};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -37,6 +37,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 pub const EVENTS_MAX: usize = 1024;
 /// Limit of a call that names none.
 pub const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a migration may take to be cancelled.
+const CANCEL_LIMIT: Duration = Duration::from_secs(10);
+const CANCEL_POLL: Duration = Duration::from_millis(2);
 /// The longest line accepted from QEMU, bytes.
 const LINE_MAX_BYTES: u64 = 16 << 20;
 
@@ -231,6 +234,30 @@ impl Qmp {
     /// Lets the virtual processors run.
     pub async fn cont(&self) -> Result<()> {
         self.execute::<Value>("cont", json!({})).await.map(drop)
+    }
+
+    /// Ends the migration that QEMU is in the middle of, if it is in one: also one that an earlier process of this agent
+    /// began, which QEMU holds before the switch-over until somebody says how to go on.
+    pub async fn cancel_migration(&self) -> Result<()> {
+        if self.is_migration_over().await? {
+            return Ok(());
+        }
+        self.execute::<Value>("migrate_cancel", json!({})).await.context("cancel QEMU's migration")?;
+        let deadline = Instant::now() + CANCEL_LIMIT;
+        while Instant::now() < deadline {
+            if self.is_migration_over().await? {
+                return Ok(());
+            }
+            sleep(CANCEL_POLL).await;
+        }
+        Err(Error::new(ErrorKind::TimedOut, "cancel QEMU's migration: it goes on"))
+    }
+
+    async fn is_migration_over(&self) -> Result<bool> {
+        let info: Value = self.execute("query-migrate", json!({})).await?;
+        // QEMU says nothing of a migration that never was.
+        let status = info.get("status").and_then(Value::as_str).unwrap_or("none");
+        Ok(matches!(status, "cancelled" | "failed" | "completed" | "none"))
     }
 
     /// Every event from now on.

@@ -55,8 +55,6 @@ const QEMU_LIMIT_MAX_MS: u64 = 2_000_000;
 const POLL: Duration = Duration::from_millis(10);
 /// How often QEMU is asked while the guest is paused.
 const POLL_PAUSED: Duration = Duration::from_millis(1);
-/// How long QEMU may take to obey a cancel.
-const CANCEL_LIMIT: Duration = Duration::from_secs(10);
 
 /// How mode B is run.
 #[derive(Clone, Debug)]
@@ -156,7 +154,7 @@ impl Source {
     /// resume, as is one whose migration has completed.
     pub async fn cancel(self) -> Result<()> {
         // The pump is kept until QEMU has let go: a broken stream would make it say "failed".
-        cancel(&self.qmp).await
+        self.qmp.cancel_migration().await
     }
 
     /// What the round that has just ended was.
@@ -324,24 +322,6 @@ impl Drop for Pump {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-/// Ends the migration that QEMU is in the middle of, if it is in one: also one that an earlier process of this agent
-/// began, which QEMU holds before the switch-over until somebody says how to go on.
-pub async fn cancel(qmp: &Qmp) -> Result<()> {
-    let is_over = |seen: &Seen| matches!(seen.status.as_str(), "cancelled" | "failed" | "completed" | "none");
-    if is_over(&Seen::of(qmp).await?) {
-        return Ok(());
-    }
-    qmp.execute::<Value>("migrate_cancel", json!({})).await.context("cancel QEMU's migration")?;
-    let deadline = Instant::now() + CANCEL_LIMIT;
-    while Instant::now() < deadline {
-        if is_over(&Seen::of(qmp).await?) {
-            return Ok(());
-        }
-        sleep(POLL).await;
-    }
-    Err(Error::new(ErrorKind::TimedOut, "cancel QEMU's migration: it goes on"))
 }
 
 /// What `query-migrate` says.

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Invariants: messages are sent in order or not at all; of those that cannot be sent now the last is kept until there
-//! is a connection, the others are dropped, since the machines repeat what matters, though not soon; lines are bounded. A line that cannot be read ends the connection, not the move.
+//! is a connection, the others are dropped, since the machines repeat what matters, though not soon; lines are bounded.
+//! A line that cannot be read ends the connection, not the move.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -500,7 +500,7 @@ impl SourceSide {
         vm.serve_disks(self.shared.vms.volumes()).await?;
         let qmp = vm.qmp().await?;
         // One that an earlier process of this agent began, or work that was stopped: QEMU would refuse to go on.
-        stream::cancel(&qmp).await?;
+        qmp.cancel_migration().await?;
         if qmp.run_state().await? != "running" {
             vm.disks_connected().await;
             qmp.cont().await?;

@@ -429,7 +429,7 @@ impl TargetSide {
         tokio::select! {
             biased;
             _ = over.wait_for(|over| *over) => {
-                Err(Error::new(ErrorKind::Cancelled, "receive a stream: the attempt is over"))
+                Err(attempt_is_over())
             }
             result = wait => result,
         }
@@ -440,7 +440,9 @@ impl TargetSide {
             .ok_or_else(|| Error::new(ErrorKind::InvalidInput, "receive a layer: no volume is named"))?;
         // Before the look: whoever discards sets `over` first, then waits for those who hold this.
         let _in_use = self.layers_in_use.read().await;
-        self.unless_over(async { Ok(()) }).await?;
+        if *self.over.borrow() {
+            return Err(attempt_is_over());
+        }
         let record = self.volumes.read(&name).await?;
         let volumes = self.shared.vms.volumes().clone();
         if self.offer.disk == DiskMove::OnDemand {
@@ -688,6 +690,10 @@ impl TargetSide {
         let _ = tokio::fs::remove_file(self.state_path()).await;
         Ok(())
     }
+}
+
+fn attempt_is_over() -> Error {
+    Error::new(ErrorKind::Cancelled, "receive a stream: the attempt is over")
 }
 
 /// Receives which blocks of a layer follow later, and makes a place for them.

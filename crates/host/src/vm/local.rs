@@ -17,7 +17,9 @@ use whimbrel_wire::{DiskId, Epoch, Name, VmId};
 use super::{KILL_LIMIT, VmConfig};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::nbd::{NbdOptions, NbdServer};
-use crate::export::{DeviceSlot, SlotState, SocketOwner, VhostUserOptions, VhostUserServer, WriteTracker};
+use crate::export::{
+    DeviceSlot, FrontEndState, SlotState, SocketOwner, VhostUserOptions, VhostUserServer, WriteTracker,
+};
 use crate::guest::binary::QemuBinary;
 use crate::guest::launch::{self, DiskKind, DiskSocket, LaunchPlan, disk_queues};
 use crate::guest::process::{self, ProcessId, QemuProcess};
@@ -111,27 +113,11 @@ impl VmDisk {
         }
     }
 
-    /// Whether QEMU is connected. Over NBD it is the one that waits.
-    fn is_connected(&self) -> bool {
+    /// Whether QEMU is at the disk's socket. Over NBD it is the one that waits.
+    fn front_end(&self) -> FrontEndState {
         match &*self.server.lock() {
-            Some(DiskServer::VhostUser(server)) => server.connected(),
-            Some(DiskServer::Nbd(_)) | None => true,
-        }
-    }
-
-    /// Whether QEMU is connected and has said something.
-    fn has_spoken(&self) -> bool {
-        match &*self.server.lock() {
-            Some(DiskServer::VhostUser(server)) => server.has_spoken(),
-            Some(DiskServer::Nbd(_)) | None => true,
-        }
-    }
-
-    /// Whether QEMU is connected and will say nothing by itself.
-    fn is_mute(&self) -> bool {
-        match &*self.server.lock() {
-            Some(DiskServer::VhostUser(server)) => server.is_mute(),
-            Some(DiskServer::Nbd(_)) | None => false,
+            Some(DiskServer::VhostUser(server)) => server.front_end(),
+            Some(DiskServer::Nbd(_)) | None => FrontEndState::Spoke,
         }
     }
 
@@ -505,7 +491,7 @@ impl LocalVm {
     /// would find none in QEMU before 8.2.
     pub(crate) async fn disks_connected(&self) {
         let deadline = Instant::now() + CONNECT_LIMIT;
-        while !self.disks.iter().all(VmDisk::is_connected) {
+        while self.disks.iter().any(|disk| disk.front_end() == FrontEndState::Absent) {
             if Instant::now() > deadline {
                 tracing::warn!(vm = %self.name, "QEMU is not connected to all disks");
                 return;
@@ -518,9 +504,13 @@ impl LocalVm {
     /// but not for long.
     pub(crate) async fn has_lost_disks(&self) -> bool {
         let deadline = Instant::now() + CONNECT_LIMIT;
-        while !self.disks.iter().all(VmDisk::has_spoken) && Instant::now() < deadline {
-            if self.disks.iter().any(VmDisk::is_mute) {
+        while Instant::now() < deadline {
+            let seen: Vec<FrontEndState> = self.disks.iter().map(VmDisk::front_end).collect();
+            if seen.contains(&FrontEndState::Mute) {
                 return true;
+            }
+            if seen.iter().all(|one| *one == FrontEndState::Spoke) {
+                return false;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
