@@ -49,6 +49,8 @@ const SIGNAL_EVERY: u32 = 16;
 const ROUND_REQUESTS: u32 = 128;
 /// Bytes of requests handed on, over which no more are taken.
 const HANDED_ON_BYTES: u64 = 64 << 20;
+/// Between two tries of a request for which there is no space.
+const SPACE_POLL: Duration = Duration::from_millis(500);
 
 /// What all queues of a device share.
 pub(super) struct Device {
@@ -116,7 +118,7 @@ impl Op {
 enum Done {
     /// It ended; a read brings its data.
     Ended(Result<Vec<u8>>),
-    /// The disk was not served any more when its turn came: to be handed on again later.
+    /// The disk was not served any more when its turn came, or had no space: to be handed on again later.
     Parked(Op),
 }
 
@@ -361,7 +363,7 @@ impl Queue {
         self.device.stats.handed_on.fetch_add(1, Ordering::Relaxed);
         let queue = self.clone();
         self.device.pool.submit(move || {
-            let done = carry_out(&queue.device.slot, op);
+            let done = carry_out(&queue.device, op);
             let mut results = queue.results.lock();
             if results.abandoned {
                 queue.device.orphans.fetch_sub(1, Ordering::AcqRel);
@@ -376,14 +378,14 @@ impl Queue {
 }
 
 /// Does one request on a thread that may wait.
-fn carry_out(slot: &DeviceSlot, op: Op) -> Done {
+fn carry_out(shared: &Device, op: Op) -> Done {
     if let Op::Read { offset, len } = op {
-        let Some(device) = slot.reader() else { return Done::Parked(op) };
+        let Some(device) = shared.slot.reader() else { return Done::Parked(op) };
         let mut data = vec![0; len];
         let result = device.read(offset, &mut [IoSliceMut::new(&mut data)]);
         return Done::Ended(result.map(|()| data));
     }
-    let Some(device) = slot.enter() else { return Done::Parked(op) };
+    let Some(device) = shared.slot.enter() else { return Done::Parked(op) };
     let result = match &op {
         Op::Read { .. } => Ok(()),
         Op::Write { offset, data, then_flush } => device
@@ -397,7 +399,16 @@ fn carry_out(slot: &DeviceSlot, op: Op) -> Done {
             ranges.iter().try_for_each(|range| device.write_zeroes(range.start, range.end - range.start))
         }
     };
-    Done::Ended(result.map(|()| Vec::new()))
+    drop(device);
+    match result {
+        // The guest waits, as with QEMU's own disks: told of an error, its file system would give up.
+        Err(error) if error.kind() == ErrorKind::NoSpace && !matches!(op, Op::Flush) => {
+            shared.complaints.log(&format_args!("a guest waits for space: {error}"));
+            std::thread::sleep(SPACE_POLL);
+            Done::Parked(op)
+        }
+        result => Done::Ended(result.map(|()| Vec::new())),
+    }
 }
 
 /// How a request that was begun goes on.
@@ -595,11 +606,13 @@ impl State {
                 }
                 Begun::Answer { status: blk::S_OK, written: 0 }
             }
-            Ok(false) => {
+            Err(error) if error.kind() != ErrorKind::NoSpace => {
+                Begun::Answer { status: shared.complain(&error), written: 0 }
+            }
+            Ok(false) | Err(_) => {
                 let data = data.to_vec();
                 Begun::HandOn(Op::Write { offset, data, then_flush: self.write_through })
             }
-            Err(error) => Begun::Answer { status: shared.complain(&error), written: 0 },
         }
     }
 

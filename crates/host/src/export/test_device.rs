@@ -1,6 +1,7 @@
 //! A disk in RAM for tests: slow where it is told to be, and it remembers what was made durable.
 
 use std::io::{IoSlice, IoSliceMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,13 +16,21 @@ pub(crate) struct RamDevice {
     pub(crate) slow: Option<(std::ops::Range<u64>, Duration)>,
     /// Reads and writes of these fail.
     pub(crate) bad: std::ops::Range<u64>,
+    /// There is no space for what is written.
+    pub(crate) full: AtomicBool,
     /// Flushes so far.
     pub(crate) flushes: Mutex<u64>,
 }
 
 impl RamDevice {
     pub(crate) fn new(size: usize) -> Self {
-        Self { bytes: Mutex::new(vec![0; size]), slow: None, bad: 0..0, flushes: Mutex::new(0) }
+        Self {
+            bytes: Mutex::new(vec![0; size]),
+            slow: None,
+            bad: 0..0,
+            full: AtomicBool::new(false),
+            flushes: Mutex::new(0),
+        }
     }
 
     fn check(&self, offset: u64, len: usize) -> Result<(usize, usize)> {
@@ -30,6 +39,13 @@ impl RamDevice {
             return Err(Error::new(ErrorKind::Io, format!("reach {len} bytes at {offset}")));
         }
         Ok((offset as usize, end as usize))
+    }
+
+    fn must_have_space(&self) -> Result<()> {
+        match self.full.load(Ordering::SeqCst) {
+            true => Err(Error::new(ErrorKind::NoSpace, "append to the test's disk")),
+            false => Ok(()),
+        }
     }
 
     fn is_slow(&self, offset: u64) -> bool {
@@ -83,6 +99,7 @@ impl BlockDev for RamDevice {
         self.wait(offset);
         let total = from.iter().map(|part| part.len()).sum();
         let (mut to, _) = self.check(offset, total)?;
+        self.must_have_space()?;
         let mut bytes = self.bytes.lock();
         for part in from {
             bytes[to..to + part.len()].copy_from_slice(part);
@@ -102,6 +119,7 @@ impl BlockDev for RamDevice {
 
     fn write_zeroes(&self, offset: u64, length: u64) -> Result<()> {
         let (from, to) = self.check(offset, length as usize)?;
+        self.must_have_space()?;
         self.bytes.lock()[from..to].fill(0);
         Ok(())
     }

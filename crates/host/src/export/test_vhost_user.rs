@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserFrontend;
@@ -120,6 +121,36 @@ fn a_failing_disk_is_an_error_of_the_request_alone() {
     assert_eq!(guest.request(0, READ, 0, 100, true), 1);
     assert_eq!(guest.request(0, WRITE, u64::MAX - 3, 4096, false), 1);
     assert_eq!(bench.server.counters().errors, 2);
+}
+
+#[test]
+fn a_guest_waits_for_space_and_is_told_of_no_error() {
+    let bench = serve(RamDevice::new(1 << 20));
+    let mut guest = Guest::new();
+    guest.connect(&bench.path);
+    bench.device.full.store(true, Ordering::SeqCst);
+    guest.put(data(0), &[0x5a; 4096]);
+    let write = guest.lay_out(0, WRITE, 8, 4096, false);
+    guest.submit(&[write], true);
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_millis(1200) {
+        assert_eq!(guest.request(10, READ, 1024, 4096, true), 0, "reads go on");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(read_disk(&bench.device, 4096, 4096), vec![0; 4096]);
+    bench.device.full.store(false, Ordering::SeqCst);
+    assert_eq!(guest.wait(1), vec![(write, 1)]);
+    assert_eq!(guest.status(0), 0);
+    assert_eq!(read_disk(&bench.device, 4096, 4096), vec![0x5a; 4096]);
+    assert_eq!(bench.server.counters().errors, 0);
+    // One that still waits does not hold up the end of the service.
+    bench.device.full.store(true, Ordering::SeqCst);
+    let write = guest.lay_out(0, WRITE, 8, 4096, false);
+    guest.submit(&[write], true);
+    std::thread::sleep(Duration::from_millis(100));
+    let stopped = Instant::now();
+    bench.server.stop().unwrap();
+    assert!(stopped.elapsed() < Duration::from_secs(5), "took {:?}", stopped.elapsed());
 }
 
 #[test]
