@@ -31,6 +31,7 @@ mod greeting;
 mod guest_ram;
 mod inflight;
 pub mod nbd;
+mod op;
 mod pool;
 mod queue;
 mod ring;

@@ -34,7 +34,7 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
     let mut flight = Flight::start(&lab, 0, VM, IMAGE, MEMORY_MIB, 2, WORKLOAD)?;
     let epoch = source.whimbrel(&["vm", "show", VM])?["epoch"].clone();
     let mut wrong = Vec::new();
-    let cases: [(&str, Case); 11] = [
+    let cases: [(&str, Case); 12] = [
         ("the name runs elsewhere", |x| {
             x.source.whimbrel(&["volume", "create", "second", "--image", IMAGE])?;
             let said = x.fails(x.target, &["vm", "run", VM, "--volume", "second", "--memory", "64M"], &[VM]);
@@ -115,6 +115,26 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
             x.anew(x.source, || Ok(()))?;
             ensure!(shown.contains("CAP_SYS_PTRACE") || shown.contains("Linux"), "`vm show` says {shown}");
             said
+        }),
+        ("the metadata store is damaged", |x| {
+            x.source.kill_agent()?;
+            let file = |name: &str| x.source.dir().join("data").join(name);
+            // The log goes too: it may have all pages that count.
+            for name in STORE_FILES {
+                fs::rename(file(name), x.dir.join(name)).context("put the store aside")?;
+            }
+            fs::write(file(STORE_FILES[0]), [0x5a; 8192]).context("write a damaged store")?;
+            let said = match x.source.start_agent(x.program) {
+                Ok(()) => "nothing".to_owned(),
+                Err(e) => format!("{e:#}"),
+            };
+            x.source.kill_agent()?;
+            for name in STORE_FILES {
+                fs::rename(x.dir.join(name), file(name)).context("put the store back")?;
+            }
+            x.source.start_agent(x.program)?;
+            let words = ["ended at once", STORE_FILES[0], "put back a copy"];
+            Ok((!words.iter().all(|w| said.contains(w))).then_some(said))
         }),
         ("images that are cut off, damaged or something else", |x| {
             let (whole, cut, text) =
@@ -202,6 +222,9 @@ pub fn errors_leave_the_vm_alone(c: &Context<'_>) -> Result<()> {
     }
     flight.stop()
 }
+
+/// The metadata store, its log, and the index of that.
+const STORE_FILES: [&str; 3] = ["meta.db", "meta.db-wal", "meta.db-shm"];
 
 /// `None` if the answer was as it must be, what it was otherwise.
 type Case = fn(&Stage<'_>) -> Result<Option<String>>;

@@ -19,10 +19,11 @@
 //! * The answer of a request handed on needs its own memory only: the memory table may change meanwhile.
 //! * What the guest put into a ring can stop that ring, and nothing else.
 //!
-//! Not here: when a ring may run (`frontend`), what its bytes are (`ring`), what a request is (`blk`).
+//! Not here: when a ring may run (`frontend`), what its bytes are (`ring`), what a request is (`blk`), how one is done
+//! that may wait (`op`).
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -37,6 +38,7 @@ use super::dirty::Dirty;
 use super::event::{Waker, signal};
 use super::guest_ram::{Buffers, GuestRam, Seg, copy_in, copy_out};
 use super::inflight::Inflight;
+use super::op::{Done, Op};
 use super::pool::Pool;
 use super::ring::{BadRing, Chain, Ring};
 use super::slot::DeviceSlot;
@@ -49,8 +51,6 @@ const SIGNAL_EVERY: u32 = 16;
 const ROUND_REQUESTS: u32 = 128;
 /// Bytes of requests handed on, over which no more are taken.
 const HANDED_ON_BYTES: u64 = 64 << 20;
-/// Between two tries of a request for which there is no space.
-const SPACE_POLL: Duration = Duration::from_millis(500);
 
 /// What all queues of a device share.
 pub(super) struct Device {
@@ -72,6 +72,8 @@ pub(super) struct Stats {
     pub(super) requests: AtomicU64,
     pub(super) handed_on: AtomicU64,
     pub(super) errors: AtomicU64,
+    /// When a request last found no space.
+    pub(super) starved: Mutex<Option<Instant>>,
 }
 
 /// Lets one complaint a second through, and counts the others.
@@ -93,33 +95,6 @@ impl Complaints {
         drop(last);
         tracing::warn!(suppressed, "export: {what}");
     }
-}
-
-/// Work for the pool: nothing in it points into guest memory.
-enum Op {
-    Read { offset: u64, len: usize },
-    Write { offset: u64, data: Vec<u8>, then_flush: bool },
-    Flush,
-    Discard(Vec<std::ops::Range<u64>>),
-    WriteZeroes(Vec<std::ops::Range<u64>>),
-}
-
-impl Op {
-    fn bytes(&self) -> u64 {
-        match self {
-            Op::Read { len, .. } => *len as u64,
-            Op::Write { data, .. } => data.len() as u64,
-            Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => 0,
-        }
-    }
-}
-
-/// What became of a request handed on.
-enum Done {
-    /// It ended; a read brings its data.
-    Ended(Result<Vec<u8>>),
-    /// The disk was not served any more when its turn came, or had no space: to be handed on again later.
-    Parked(Op),
 }
 
 /// What is needed to answer a request handed on.
@@ -363,7 +338,7 @@ impl Queue {
         self.device.stats.handed_on.fetch_add(1, Ordering::Relaxed);
         let queue = self.clone();
         self.device.pool.submit(move || {
-            let done = carry_out(&queue.device, op);
+            let done = op.carry_out(&queue.device);
             let mut results = queue.results.lock();
             if results.abandoned {
                 queue.device.orphans.fetch_sub(1, Ordering::AcqRel);
@@ -374,40 +349,6 @@ impl Queue {
             drop(results);
             queue.waker.wake();
         });
-    }
-}
-
-/// Does one request on a thread that may wait.
-fn carry_out(shared: &Device, op: Op) -> Done {
-    if let Op::Read { offset, len } = op {
-        let Some(device) = shared.slot.reader() else { return Done::Parked(op) };
-        let mut data = vec![0; len];
-        let result = device.read(offset, &mut [IoSliceMut::new(&mut data)]);
-        return Done::Ended(result.map(|()| data));
-    }
-    let Some(device) = shared.slot.enter() else { return Done::Parked(op) };
-    let result = match &op {
-        Op::Read { .. } => Ok(()),
-        Op::Write { offset, data, then_flush } => device
-            .write(*offset, &[IoSlice::new(data)])
-            .and_then(|()| if *then_flush { device.flush() } else { Ok(()) }),
-        Op::Flush => device.flush(),
-        Op::Discard(ranges) => {
-            ranges.iter().try_for_each(|range| device.discard(range.start, range.end - range.start))
-        }
-        Op::WriteZeroes(ranges) => {
-            ranges.iter().try_for_each(|range| device.write_zeroes(range.start, range.end - range.start))
-        }
-    };
-    drop(device);
-    match result {
-        // The guest waits, as with QEMU's own disks: told of an error, its file system would give up.
-        Err(error) if error.kind() == ErrorKind::NoSpace && !matches!(op, Op::Flush) => {
-            shared.complaints.log(&format_args!("a guest waits for space: {error}"));
-            std::thread::sleep(SPACE_POLL);
-            Done::Parked(op)
-        }
-        result => Done::Ended(result.map(|()| Vec::new())),
     }
 }
 

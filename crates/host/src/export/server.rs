@@ -218,6 +218,11 @@ impl VhostUserServer {
         }
     }
 
+    /// Whether requests of the guest wait for space on this host.
+    pub fn waits_for_space(&self) -> bool {
+        self.shared.device.stats.is_starved()
+    }
+
     /// Ends the service: rings are stopped, the socket is removed.
     pub fn stop(mut self) -> Result<()> {
         self.shut_down()

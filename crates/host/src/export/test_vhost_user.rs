@@ -138,6 +138,7 @@ fn a_guest_waits_for_space_and_is_told_of_no_error() {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(read_disk(&bench.device, 4096, 4096), vec![0; 4096]);
+    assert!(bench.server.waits_for_space());
     bench.device.full.store(false, Ordering::SeqCst);
     assert_eq!(guest.wait(1), vec![(write, 1)]);
     assert_eq!(guest.status(0), 0);

@@ -462,6 +462,19 @@ async fn a_damaged_or_newer_file_is_refused() {
     std::fs::write(&damaged, vec![0x5a; 8192]).unwrap();
     let error = SqliteStore::open(&damaged).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    // Damage that opening alone would not meet.
+    let torn = dir.path().join("torn.db");
+    drop(SqliteStore::open(&torn).unwrap());
+    let connection = rusqlite::Connection::open(&torn).unwrap();
+    connection.execute("INSERT INTO kv VALUES ('k', zeroblob(20000), 1)", []).unwrap();
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    drop(connection);
+    let mut bytes = std::fs::read(&torn).unwrap();
+    let pages = bytes.len() / 4096;
+    bytes[2 * 4096..(pages - 5) * 4096].fill(0x5a);
+    std::fs::write(&torn, bytes).unwrap();
+    let error = SqliteStore::open(&torn).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     let newer = dir.path().join("newer.db");
     drop(SqliteStore::open(&newer).unwrap());
     let connection = rusqlite::Connection::open(&newer).unwrap();

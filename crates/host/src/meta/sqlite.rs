@@ -46,6 +46,10 @@ const OUTCOME_S: u64 = 3_600;
 /// Version of the tables; a newer file is refused.
 const FORMAT: u64 = 1;
 
+/// What to do about a damaged file.
+const RESTORE: &str = "running VMs are not affected; with the agents that use it stopped, put back a copy of this \
+    file, or what `sqlite3 FILE .recover` finds in it";
+
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS kv(key TEXT PRIMARY KEY, value BLOB NOT NULL, mod_rev INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS event(rev INTEGER NOT NULL, seq INTEGER NOT NULL, key TEXT NOT NULL, value BLOB,
@@ -80,7 +84,8 @@ fn failed(what: impl Into<String>) -> impl FnOnce(rusqlite::Error) -> Error {
             }
             _ => ErrorKind::Io,
         };
-        Error::with_source(kind, what, error)
+        let error = Error::with_source(kind, what, error);
+        if kind == ErrorKind::Corrupt { error.hint(RESTORE) } else { error }
     }
 }
 
@@ -107,6 +112,13 @@ impl SqliteStore {
         make_private(path)?;
         let writer = connect(path)?;
         let what = || format!("open metadata store {}", path.display());
+        // Damage is to be known now, not when a right has to change hands; the file has a few MiB at most.
+        let found: String =
+            writer.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(failed(what()))?;
+        if found != "ok" {
+            let text = format!("{}: the file is damaged: {}", what(), found.replace('\n', " "));
+            return Err(Error::new(ErrorKind::Corrupt, text).hint(RESTORE));
+        }
         writer.execute_batch(TABLES).map_err(failed(what()))?;
         let format = writer.query_row("SELECT format FROM state", [], |row| row.get::<_, i64>(0));
         if format.map_err(failed(what()))? != FORMAT as i64 {

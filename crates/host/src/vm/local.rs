@@ -113,6 +113,14 @@ impl VmDisk {
         }
     }
 
+    /// Whether the guest waits because its layer finds no space. Over NBD QEMU is told, and pauses the guest.
+    pub fn waits_for_space(&self) -> bool {
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.waits_for_space(),
+            Some(DiskServer::Nbd(_)) | None => false,
+        }
+    }
+
     /// Whether QEMU is at the disk's socket. Over NBD it is the one that waits.
     fn front_end(&self) -> FrontEndState {
         match &*self.server.lock() {

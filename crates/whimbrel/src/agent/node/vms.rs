@@ -193,6 +193,12 @@ impl Node {
                 }
                 Err(error) => vm.mode_reasons.push(error.to_string()),
             }
+            if let Some(disk) = here.disks.iter().find(|disk| disk.waits_for_space()) {
+                vm.waiting_for.get_or_insert(format!(
+                    "space for volume {}: host {} has none left, and the guest goes on when it has",
+                    disk.volume, self.host
+                ));
+            }
         }
         for name in &record.spec.volumes {
             if let Ok(Some(volume)) = records::get::<VolumeRecord>(&*self.meta, &key::volume(name)).await
