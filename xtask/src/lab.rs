@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result};
 
-pub use enter::{enter, inside, keep_running, own_directory, prepared};
+pub use enter::{enter, inside, keep_running, one_user_only, own_directory, prepared};
 pub use host::{Host, VmArgs, VmSockets, port_args};
 pub use net::Link;
 pub use s3::S3;

@@ -14,12 +14,14 @@ use super::Context;
 use crate::cmd::{self, cmd, output};
 use crate::flight::Flight;
 use crate::guest::APPEND;
-use crate::lab::{Host, has_taps, port_args};
+use crate::lab::{self, Host, has_taps, port_args};
 use crate::qmp::Qmp;
 
 const SOON: Duration = Duration::from_secs(30);
 /// Not a multiple of 256 KiB: QEMU 7.2 under TCG can move it in its own stream then.
 const ODD_BYTES: u64 = (256 << 20) - 8192;
+/// Debian's `games`.
+const OTHER_USER: u32 = 5;
 /// Memory and disk under steady load.
 const LOAD: &str = "wg.mem_mib=64 wg.mem_rate=50 wg.disk=/data/records";
 
@@ -40,10 +42,30 @@ impl Drop for ByHand {
 impl ByHand {
     /// Starts QEMU on a host, with a QMP socket for the agent and one for us; `{dir}` in `args` is its directory.
     fn start(c: &Context<'_>, host: &Host, name: &str, args: &[&str]) -> Result<ByHand> {
+        ByHand::start_as(c, host, name, args, None)
+    }
+
+    /// The same as another user.
+    fn start_as(
+        c: &Context<'_>,
+        host: &Host,
+        name: &str,
+        args: &[&str],
+        user: Option<u32>,
+    ) -> Result<ByHand> {
         let dir = host.dir().join("hand").join(name);
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let place = dir.to_string_lossy().into_owned();
-        let mut command: Command = host.command(&c.lab.qemu.system());
+        let mut command: Command = match user {
+            None => host.command(&c.lab.qemu.system()),
+            Some(user) => {
+                std::os::unix::fs::chown(&dir, Some(user), Some(user)).context("give a directory away")?;
+                let mut command = host.command(Path::new("setpriv"));
+                command.args([format!("--reuid={user}"), format!("--regid={user}")]);
+                command.arg("--clear-groups").arg(c.lab.qemu.system());
+                command
+            }
+        };
         for args in [&["-display", "none", "-machine", "q35,accel=tcg", "-cpu", "qemu64"], args] {
             command.args(args.iter().map(|arg| arg.replace("{dir}", &place)));
         }
@@ -83,10 +105,11 @@ impl ByHand {
     }
 }
 
-/// A tap on the guests' bridge of a host.
-fn tap(host: &Host, name: &str) -> Result<()> {
+/// A tap on the guests' bridge of a host, for this user.
+fn tap(host: &Host, name: &str, user: Option<u32>) -> Result<()> {
     let ip = |args: &[&str]| cmd::run(&mut cmd("ip", &[&["-n", host.name()], args].concat()));
-    ip(&["tuntap", "add", name, "mode", "tap"])?;
+    let user = user.unwrap_or(0).to_string();
+    ip(&["tuntap", "add", name, "mode", "tap", "user", &user])?;
     ip(&["link", "set", name, "master", "br0", "up"])
 }
 
@@ -96,6 +119,8 @@ struct Guest<'a> {
     memory: &'a [&'a str],
     disk: &'a [&'a str],
     tap: &'a str,
+    /// Who runs it; root if nobody.
+    user: Option<u32>,
 }
 
 /// Boots the workload in a QEMU started by hand on the first host.
@@ -103,7 +128,7 @@ fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>
     let host = c.lab.hosts().first().context("a lab has hosts")?;
     let net = has_taps();
     if net {
-        tap(host, guest.tap)?;
+        tap(host, guest.tap, guest.user)?;
     }
     let address = c.lab.guest_address();
     let append = if net { format!("{APPEND} {LOAD} wg.ip={address}") } else { format!("{APPEND} {LOAD}") };
@@ -118,7 +143,7 @@ fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>
     }
     args.extend(["-serial", "unix:{dir}/serial.sock,server=on,wait=off"]);
     args.extend(ports.iter().map(String::as_str));
-    let hand = ByHand::start(c, host, guest.name, &args)?;
+    let hand = ByHand::start_as(c, host, guest.name, &args, guest.user)?;
     let sockets: Vec<PathBuf> = c
         .lab
         .hosts()
@@ -150,7 +175,7 @@ pub fn adopted_in_mode_a(c: &Context<'_>) -> Result<()> {
     let disk =
         format!("file={},format=qcow2,if=virtio,cache=none", disk_copy(c, "hand-a", "qcow2")?.display());
     let memory = ["-m", "256M", "-object", &object, "-machine", "memory-backend=mem"];
-    let guest = Guest { name: "hand-a", memory: &memory, disk: &["-drive", &disk], tap: "hand0" };
+    let guest = Guest { name: "hand-a", memory: &memory, disk: &["-drive", &disk], tap: "hand0", user: None };
     let (mut hand, mut flight) = boot(c, &guest)?;
     let before = flight.counter("disk_acked")?;
     let task = host.whimbrel(&["vm", "adopt", "hand-a", "--qmp", &hand.qmp_path()])?;
@@ -194,7 +219,7 @@ pub fn adopted_in_mode_a(c: &Context<'_>) -> Result<()> {
     flight.stop()
 }
 
-/// Private memory, a raw disk on a stated device: mode B; from then on its RAM is a file, and mode A works.
+/// Private memory, a raw disk on a stated device, run by another user: mode B; from then on its RAM is a file, and mode A works.
 pub fn adopted_in_mode_b(c: &Context<'_>) -> Result<()> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
     let file = disk_copy(c, "hand-b", "raw")?;
@@ -208,7 +233,10 @@ pub fn adopted_in_mode_b(c: &Context<'_>) -> Result<()> {
         r#"{"driver":"virtio-blk-pci","id":"virtio-disk0","drive":"format","bus":"pcie.0","addr":"0x8"}"#,
     ];
     let memory = format!("size={ODD_BYTES}b");
-    let guest = Guest { name: "hand-b", memory: &["-m", &memory], disk: &disk, tap: "hand1" };
+    // Neither root nor the user as whom VMs of ours run; a machine may let us be one user only.
+    let user = (!lab::one_user_only()).then_some(OTHER_USER);
+    std::os::unix::fs::chown(&file, user, user).context("give the disk away")?;
+    let guest = Guest { name: "hand-b", memory: &["-m", &memory], disk: &disk, tap: "hand1", user };
     let (mut hand, mut flight) = boot(c, &guest)?;
     host.whimbrel(&["vm", "adopt", "hand-b", "--qmp", &hand.qmp_path()])?;
     hand.must_run()?;
@@ -243,8 +271,8 @@ pub fn adopted_with_a_volume(c: &Context<'_>) -> Result<()> {
     let (size, chardev) = (format!("size={ODD_BYTES}b"), format!("socket,id=v0,path={socket},reconnect=1"));
     let memory = ["-m", &size, "-object", &object, "-machine", "memory-backend=mem"];
     let disk = ["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=v0,num-queues=2,id=root"];
-    let (mut hand, mut flight) =
-        boot(c, &Guest { name: "hand-v", memory: &memory, disk: &disk, tap: "hand2" })?;
+    let guest = Guest { name: "hand-v", memory: &memory, disk: &disk, tap: "hand2", user: None };
+    let (mut hand, mut flight) = boot(c, &guest)?;
     host.whimbrel(&["vm", "adopt", "hand-v", "--qmp", &hand.qmp_path()])?;
     hand.must_run()?;
     let shown = host.whimbrel(&["vm", "show", "hand-v"])?;
@@ -339,7 +367,7 @@ pub fn refusals(c: &Context<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A mirror that fails, and an agent that is killed while it mirrors: QEMU goes on with its own disk.
+/// A mirror that fails, one that is cancelled, and an agent that is killed while it mirrors: QEMU goes on with its own disk.
 pub fn cut_short(c: &Context<'_>) -> Result<()> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
     let file = c.lab.dir().join("large.raw");
@@ -359,8 +387,27 @@ pub fn cut_short(c: &Context<'_>) -> Result<()> {
 
     let good = format!("file={},format=raw,if=virtio", file.display());
     let mut hand = ByHand::start(c, host, "cut-short", &[&small[..], &["-drive", &good]].concat())?;
+    let task = adopt_slowly(host, &hand, "cut-short")?;
+    host.whimbrel(&["task", "cancel", &task])?;
+    must_be_undone(host, &mut hand, "cut-short")?;
+    let ended = host.whimbrel(&["task", "show", &task])?;
+    ensure!(ended["state"] == "cancelled", "the adoption that was cancelled is {ended}");
+
+    adopt_slowly(host, &hand, "cut-short")?;
+    host.kill_agent()?;
+    host.start_agent(c.program)?;
+    must_be_undone(host, &mut hand, "cut-short")?;
+    let task = host.whimbrel(&["vm", "adopt", "cut-short", "--qmp", &hand.qmp_path()])?;
+    ensure!(task["state"] == "done", "the second adoption ended as {task}");
+    host.whimbrel(&["vm", "stop", "cut-short", "--force"])?;
+    ensure!(Path::new(&file).exists(), "the disk of whoever started the VM was removed");
+    Ok(())
+}
+
+/// Begins an adoption whose mirror takes minutes; its task.
+fn adopt_slowly(host: &Host, hand: &ByHand, name: &str) -> Result<String> {
     let mut mine = hand.mine()?;
-    host.whimbrel(&["vm", "adopt", "cut-short", "--qmp", &hand.qmp_path(), "--no-wait"])?;
+    let started = host.whimbrel(&["vm", "adopt", name, "--qmp", &hand.qmp_path(), "--no-wait"])?;
     let slow = json!({ "device": "whimbrel-mirror0", "speed": 1 << 20 });
     let end = Instant::now() + SOON;
     while mine.execute("block-job-set-speed", slow.clone()).is_err() {
@@ -372,15 +419,7 @@ pub fn cut_short(c: &Context<'_>) -> Result<()> {
         jobs.pointer("/0/ready") == Some(&Value::Bool(false)),
         "the mirror was too fast to be cut short: {jobs}"
     );
-    drop(mine);
-    host.kill_agent()?;
-    host.start_agent(c.program)?;
-    must_be_undone(host, &mut hand, "cut-short")?;
-    let task = host.whimbrel(&["vm", "adopt", "cut-short", "--qmp", &hand.qmp_path()])?;
-    ensure!(task["state"] == "done", "the second adoption ended as {task}");
-    host.whimbrel(&["vm", "stop", "cut-short", "--force"])?;
-    ensure!(Path::new(&file).exists(), "the disk of whoever started the VM was removed");
-    Ok(())
+    Ok(started["task"].as_u64().context("read the task's number")?.to_string())
 }
 
 /// QEMU as it was, nothing left in the records.

@@ -81,7 +81,7 @@ pub fn prepared(name: &str) -> Result<PathBuf> {
 }
 
 /// Whether this user namespace knows one user only, which is what an unprivileged caller gets.
-pub(super) fn one_user_only() -> bool {
+pub fn one_user_only() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     map.split_whitespace().nth(2) == Some("1")
 }

@@ -112,7 +112,7 @@ impl Host {
     fn config(&self, qemu: &Qemu) -> String {
         let dir = self.dir.display();
         // In a user namespace of one user there is nobody else to run as.
-        let vm_user = if super::enter::one_user_only() { "root" } else { "nobody" };
+        let vm_user = if super::one_user_only() { "root" } else { "nobody" };
         format!(
             "name = \"{}\"\ndata_dir = \"{dir}/data\"\nrun_dir = \"{dir}/run\"\nmemory_dir = \"{dir}/memory\"\n\
              listen = \"{}\"\nadvertise = [\"{}\"]\nqemu = \"{}\"\nvm_user = \"{vm_user}\"\n",

@@ -30,8 +30,6 @@ use crate::memory::ram::RamFile;
 pub const GROUP_PAGES: usize = 64;
 /// A zero frame is sent when it has so many runs.
 const ZERO_RUNS: usize = 1024;
-/// A block that is this much smaller without its frequent words is left at that where the link is fast.
-const WORDED_RATIO: f64 = 0.6;
 
 /// The processor time of the calling thread, seconds.
 pub fn thread_cpu_s() -> f64 {
@@ -305,8 +303,7 @@ impl Worker {
         let plain_bytes = payload.len() as u64;
         let packing_s = thread_cpu_s();
         self.gather_cpu_s += packing_s - start_s;
-        let shrunk = payload.len() as f64 <= raw.len() as f64 * WORDED_RATIO;
-        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload, shrunk)?;
+        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload)?;
         if let Verdict::Compress { level } = verdict {
             let room = self.packed.get_mut(..limit(payload.len())).unwrap_or(&mut []);
             let packed_len = self.compressor.compress(level, payload, room)?;
@@ -353,17 +350,16 @@ impl Worker {
 }
 
 /// Whether to compress `plain`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
-/// alike for long stretches. A block that leaving out words has `shrunk` is no bargain.
+/// alike for long stretches.
 fn decide(
     chooser: &Mutex<Chooser>,
     compressor: &mut Compressor,
     last_ratio: &mut f64,
     plain: &[u8],
-    shrunk: bool,
 ) -> Result<Verdict> {
     let (default, bargains) = {
         let chooser = chooser.lock();
-        (chooser.decide(0.0), chooser.bargains() && !shrunk)
+        (chooser.decide(0.0), chooser.bargains())
     };
     if bargains {
         let ratio = compressor.sample_ratio(plain)?;
