@@ -28,7 +28,7 @@ use std::fmt;
 /// Part of the limit that withheld pages may take.
 const HOT_SHARE: f64 = 0.6;
 /// A round under the limit must be expected to cut the estimate to this share.
-const WORTH: f64 = 0.6;
+const WORTH: f64 = 0.7;
 /// At most so many rounds are made under the limit.
 const POLISH_ROUNDS_MAX: u32 = 3;
 /// Below this the copying part of the pause is not worth shortening, milliseconds.
@@ -185,6 +185,9 @@ impl Precopy {
                 return Decision::Pause { estimate_ms: estimate_ms.ceil() as u64, over_limit: false };
             }
             self.polish_rounds += 1;
+            self.best_ms = self.best_ms.min(estimate_ms);
+            // What is withheld would make the pause longer, and that is what this round is for.
+            return Decision::Continue { withhold_hot: false };
         }
         if estimate_ms < self.best_ms * PROGRESS {
             (self.rounds_without_progress, self.us_without_progress) = (0, 0);
@@ -250,9 +253,10 @@ impl Precopy {
     /// Under the limit: would another round make the pause much shorter?
     fn worth_polishing(&self, estimate_ms: f64, round: &Round) -> bool {
         let copy_ms = estimate_ms - self.policy.fixed_ms as f64;
+        // Of pages that came back in the last, longer round some will not come back in this one; if they do, the rate
+        // that is measured next says so.
         let next_pages = self.dirty_pages_s.unwrap_or(0.0) * copy_ms / 1e3;
-        // Pages that come back in every round will come back in the next one.
-        let next_ms = self.pause_ms((next_pages as u64).max(round.hot_pages), round);
+        let next_ms = self.pause_ms(next_pages as u64, round);
         self.polish_rounds < POLISH_ROUNDS_MAX && copy_ms > POLISH_FLOOR_MS && next_ms < estimate_ms * WORTH
     }
 

@@ -109,6 +109,23 @@ impl Plan {
         Ok((!runs.is_empty()).then_some(Piece::Group(self.index())))
     }
 
+    /// Leaves out these pages, one set for each block, as far as they were not handed out; how many that are.
+    pub fn skip(&mut self, pages: &[PageBitmap]) -> u64 {
+        let left = |plan: &Self| plan.left.iter().skip(plan.block).map(PageBitmap::count).sum::<u64>();
+        if !self.data.is_empty() {
+            (self.page, self.data) = (self.data.start, 0..0);
+        }
+        // What was handed out is still in the sets.
+        if let Some(current) = self.left.get_mut(self.block) {
+            current.clear_range(0, self.page);
+        }
+        let before = left(self);
+        for (left, skipped) in self.left.iter_mut().zip(pages).skip(self.block) {
+            left.subtract(skipped);
+        }
+        before - left(self)
+    }
+
     /// What comes next in the current block: holes, then data; both empty at its end; nothing after the last block.
     fn look(&self) -> Result<Option<(Range<u64>, Range<u64>)>> {
         let (Some(left), Some(ram)) = (self.left.get(self.block), self.blocks.get(self.block)) else {

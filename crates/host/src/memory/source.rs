@@ -51,6 +51,8 @@ pub struct SourceOptions {
     pub limiter: Arc<Limiter>,
     /// How long the target may take nothing, or not answer.
     pub stall_limit: Duration,
+    /// How often a running round looks for pages that were written again.
+    pub look_every: Duration,
     /// Never compress (for measurements).
     pub raw_only: bool,
 }
@@ -61,10 +63,15 @@ impl Default for SourceOptions {
             workers: cores().saturating_sub(1).max(1),
             limiter: Arc::new(Limiter::new(None)),
             stall_limit: Duration::from_secs(30),
+            look_every: Duration::from_millis(100),
             raw_only: false,
         }
     }
 }
+
+/// Finds the pages that were written since the last look, one set for each block; whoever gives them remembers them for a
+/// later round.
+pub type Rewritten<'a> = &'a mut (dyn FnMut() -> Result<Vec<PageBitmap>> + Send);
 
 /// What a round was.
 #[derive(Clone, Copy, Debug, Default)]
@@ -166,6 +173,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
     /// Sends the pages of `sets` (one set for each block) and waits until the target has them. `last` says that the
     /// guest is paused; the bandwidth limit is then lifted.
     pub async fn send_round(&mut self, sets: &[PageBitmap], last: bool) -> Result<RoundReport> {
+        self.round(sets, last, None).await
+    }
+
+    /// Sends a round while the guest runs. Pages that are found to be `rewritten` before their turn came are left out:
+    /// they have to be sent in a later round in any case.
+    pub async fn send_round_while_running(
+        &mut self,
+        sets: &[PageBitmap],
+        rewritten: Rewritten<'_>,
+    ) -> Result<RoundReport> {
+        self.round(sets, false, Some(rewritten)).await
+    }
+
+    async fn round(
+        &mut self,
+        sets: &[PageBitmap],
+        last: bool,
+        rewritten: Option<Rewritten<'_>>,
+    ) -> Result<RoundReport> {
         if self.broken {
             return Err(Error::new(ErrorKind::Cancelled, "send RAM: an earlier round was cut short"));
         }
@@ -175,7 +201,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         let left_pages: u64 = sets.iter().map(PageBitmap::count).sum();
         let round = self.round;
         self.progress.update(|figures| (figures.round, figures.left_pages) = (round, left_pages));
-        let sent = self.try_round(sets, last).await;
+        let sent = self.try_round(sets, last, rewritten).await;
         let (mut report, work) = match sent {
             Ok(sent) => sent,
             Err(error) => return Err(self.explain(error).await),
@@ -222,15 +248,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         }
     }
 
-    async fn try_round(&mut self, sets: &[PageBitmap], last: bool) -> Result<(RoundReport, Work)> {
+    async fn try_round(
+        &mut self,
+        sets: &[PageBitmap],
+        last: bool,
+        rewritten: Option<Rewritten<'_>>,
+    ) -> Result<(RoundReport, Work)> {
         self.say(&Control::RoundBegin { last }).await?;
         let plan = Plan::new(Arc::clone(&self.blocks), sets, self.round == 1);
+        let plan = Arc::new(Mutex::new(plan));
         let (sender, receiver) = mpsc::channel(QUEUE_FRAMES);
-        let threads = self.start_workers(plan, &sender);
+        let threads = self.start_workers(&plan, &sender);
         // The queue ends with the workers.
         drop(sender);
         let mut report = RoundReport::default();
-        self.write_frames(receiver, last, &mut report).await?;
+        let skipping = rewritten.map(|rewritten| (plan, rewritten));
+        self.write_frames(receiver, last, skipping, &mut report).await?;
         let mut work = Work::default();
         for thread in threads {
             let (worker, did) = joined(thread.await)?;
@@ -255,13 +288,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
 
     fn start_workers(
         &mut self,
-        plan: Plan,
+        plan: &Arc<Mutex<Plan>>,
         sender: &mpsc::Sender<Encoded>,
     ) -> Vec<JoinHandle<Result<(Worker, Work)>>> {
-        let plan = Arc::new(Mutex::new(plan));
         let round = self.round;
         let start = |worker: Worker| {
-            let (plan, sender, spare) = (Arc::clone(&plan), sender.clone(), Arc::clone(&self.spare_buffers));
+            let (plan, sender, spare) = (Arc::clone(plan), sender.clone(), Arc::clone(&self.spare_buffers));
             spawn_blocking(move || encode_round(worker, round, &plan, &sender, &spare))
         };
         self.workers.drain(..).map(start).collect()
@@ -271,10 +303,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         &mut self,
         mut frames: mpsc::Receiver<Encoded>,
         last: bool,
+        mut skipping: Option<(Arc<Mutex<Plan>>, Rewritten<'_>)>,
         report: &mut RoundReport,
     ) -> Result<()> {
         self.pace.resume();
+        let mut looked = Instant::now();
         while let Some(frame) = frames.recv().await {
+            if let Some((plan, rewritten)) = &mut skipping
+                && looked.elapsed() >= self.options.look_every
+            {
+                let pages = rewritten()?;
+                let skipped = plan.lock().skip(&pages);
+                self.progress
+                    .update(|figures| figures.left_pages = figures.left_pages.saturating_sub(skipped));
+                looked = Instant::now();
+            }
             if !last {
                 report.throttled += self.options.limiter.pass(frame.bytes.len()).await;
             }

@@ -48,8 +48,12 @@ async fn start(
 ) -> (Source<DuplexStream>, tokio::task::JoinHandle<Result<Received>>) {
     let (near, far) = duplex(300_000);
     let receiving = start_target(target, far);
-    let options =
-        SourceOptions { stall_limit: Duration::from_secs(5), workers: 2, ..SourceOptions::default() };
+    let options = SourceOptions {
+        stall_limit: Duration::from_secs(5),
+        workers: 2,
+        look_every: Duration::ZERO,
+        ..SourceOptions::default()
+    };
     let blocks = source.iter().map(again).collect();
     (Source::open(near, blocks, options, Progress::default()).await.unwrap(), receiving)
 }
@@ -289,4 +293,77 @@ async fn a_hostile_source_is_refused_and_writes_nothing_outside() {
     let mut flipped = raw(1, 3);
     flipped[Header::LENGTH + 20] ^= 1;
     assert_eq!(hostile([flipped, end(counts(1))].concat()).await.unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+    /// The guest writes while rounds run; what is left out comes in the last round.
+    #[test]
+    fn pages_that_are_written_again_before_their_turn_are_not_lost(
+        sizes in prop::collection::vec(1u64..1500, 1..3),
+        writes in prop::collection::vec(
+            prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 0..40),
+            0..12,
+        ),
+    ) {
+        runtime().block_on(async {
+            let from: Vec<_> = sizes.iter().map(|pages| ram(*pages)).collect();
+            let to: Vec<_> = sizes.iter().map(|pages| ram(*pages)).collect();
+            for ram in &from {
+                for number in 0..ram.pages() {
+                    ram.write(number, &page(1, number)).unwrap();
+                }
+            }
+            let (mut source, receiving) = start(&from, &to).await;
+            let mut pending = source.empty_sets();
+            let mut writes = writes.iter().zip(1u64..);
+            for _ in 0..2 {
+                let full = source.full_sets();
+                let mut rewritten = || {
+                    let mut fresh: Vec<_> = sizes.iter().map(|pages| PageBitmap::new(*pages)).collect();
+                    let (batch, seed) = writes.next().unwrap_or((const { &Vec::new() }, 0));
+                    for (block, number, kind) in batch {
+                        let block = block.index(from.len());
+                        let number = number.index(sizes[block] as usize) as u64;
+                        from[block].write(number, &page(*kind, seed)).unwrap();
+                        fresh[block].set(number);
+                    }
+                    pending.iter_mut().zip(&fresh).for_each(|(all, fresh)| all.merge(fresh));
+                    Ok(fresh)
+                };
+                source.send_round_while_running(&full, &mut rewritten).await.unwrap();
+            }
+            source.send_round(&pending, true).await.unwrap();
+            source.close().await.unwrap();
+            receiving.await.unwrap().unwrap();
+            assert!(same(&from, &to));
+        });
+    }
+}
+
+#[test]
+fn pages_that_are_written_again_before_their_turn_are_left_out() {
+    runtime().block_on(async {
+        let (from, to) = (ram(4000), ram(4000));
+        for number in 0..4000 {
+            from.write(number, &page(1, number)).unwrap();
+        }
+        let (mut source, receiving) = start(&[again(&from)], &[again(&to)]).await;
+        let mut again_written = PageBitmap::new(4000);
+        again_written.set_range(3000, 1000);
+        let (full, mut first) = (source.full_sets(), true);
+        let mut rewritten = || {
+            let fresh =
+                if std::mem::take(&mut first) { again_written.clone() } else { PageBitmap::new(4000) };
+            Ok(vec![fresh])
+        };
+        let report = source.send_round_while_running(&full, &mut rewritten).await.unwrap();
+        assert_eq!(report.counts.data_pages, 3000);
+        assert!(!same(&[again(&from)], &[again(&to)]));
+        let report = source.send_round(&[again_written], true).await.unwrap();
+        assert_eq!(report.counts.data_pages, 1000);
+        source.close().await.unwrap();
+        receiving.await.unwrap().unwrap();
+        assert!(same(&[from], &[to]));
+    });
 }

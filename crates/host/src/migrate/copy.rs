@@ -67,6 +67,17 @@ struct Block {
     before: PageBitmap,
 }
 
+impl Block {
+    /// The pages written since the last look; they are dirty from now on.
+    fn written(&mut self) -> Result<PageBitmap> {
+        let mut fresh = PageBitmap::new(self.dirty.pages());
+        self.tracker.scan(&mut fresh)?;
+        self.by_disks.drain_into(&mut fresh);
+        self.dirty.merge(&fresh);
+        Ok(fresh)
+    }
+}
+
 /// Memory under copy (mode A).
 pub struct MemoryCopy {
     blocks: Vec<Block>,
@@ -126,8 +137,7 @@ impl MemoryCopy {
     fn scan(&mut self) -> Result<(u64, u64)> {
         let (mut dirty, mut hot) = (0, 0);
         for block in &mut self.blocks {
-            block.tracker.scan(&mut block.dirty)?;
-            block.by_disks.drain_into(&mut block.dirty);
+            block.written()?;
             dirty += block.dirty.count();
             let mut both = block.dirty.clone();
             both.intersect(&block.before);
@@ -151,7 +161,12 @@ impl MemoryCopy {
             block.before = all;
             sets.push(set);
         }
-        self.source.send_round(&sets, last).await
+        if last {
+            return self.source.send_round(&sets, true).await;
+        }
+        let blocks = &mut self.blocks;
+        let mut rewritten = || blocks.iter_mut().map(Block::written).collect();
+        self.source.send_round_while_running(&sets, &mut rewritten).await
     }
 
     /// The last round: the guest stands still.

@@ -48,6 +48,8 @@ use crate::vm::{Busy, LocalVm};
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// So long the target has to say why it closed a stream before the closing itself is the reason.
 const WORD_WAIT: Duration = Duration::from_millis(300);
+/// Between the guest's first step at the target and the end of its QEMU here.
+const RELEASE_AFTER: Duration = Duration::from_millis(400);
 /// How long the record is waited for where it is only a hint.
 const RECORD_LIMIT: Duration = Duration::from_millis(500);
 /// How long a running disk request has to end when the guest is paused.
@@ -521,6 +523,8 @@ impl SourceSide {
     }
 
     async fn release(&self) -> Result<()> {
+        // To end a QEMU and free its memory takes a processor for a while: the guest goes first.
+        tokio::time::sleep(RELEASE_AFTER).await;
         self.state_stream.lock().await.take();
         self.qemu_stream.lock().await.take();
         let copying = self.copying.lock().await.take();
