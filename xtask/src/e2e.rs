@@ -13,6 +13,7 @@ mod adopt;
 mod errors;
 mod kill;
 mod memory;
+mod nbd;
 mod no_space;
 mod on_demand;
 mod scenario;

@@ -13,6 +13,7 @@
 
 pub mod block;
 pub mod disk;
+pub mod export;
 pub mod image;
 pub mod memory;
 pub mod migrate;

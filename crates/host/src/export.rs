@@ -7,7 +7,7 @@
 //!       └───────────────────────────────────────────▶ queue ──▶ DeviceSlot ──▶ Arc<dyn BlockDev>
 //!                                                       │ would wait                ▲
 //!                                                       └────────▶ pool ────────────┘
-//!  nbd client ── unix socket ──▶ nbd ───────────────────────────▶ DeviceSlot
+//!  nbd client ── unix socket, or TCP with TLS ──▶ nbd ──────────▶ DeviceSlot
 //! ```
 //!
 //! Invariants

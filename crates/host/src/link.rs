@@ -35,6 +35,7 @@ use whimbrel_wire::{HostId, Role};
 mod conn;
 mod credentials;
 mod dial;
+mod export_tls;
 mod frame;
 mod own;
 #[cfg(test)]
@@ -49,6 +50,7 @@ pub use credentials::{
     CertificateInfo, Credentials, PeerIdentity, certificate_from_pem, identity_uri, read_certificate,
 };
 pub use dial::{connect_api, join};
+pub use export_tls::ExportTls;
 pub(crate) use frame::{Frame, read_frame, to_json, write_frame};
 pub use own::own_addresses;
 pub use router::Router;

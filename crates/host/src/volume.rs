@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use whimbrel_wire::api::{VolumeCheck, VolumeCreate, VolumeImport};
+use whimbrel_wire::api::{VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport};
 use whimbrel_wire::meta::{ImageParent, VolumeRecord, key};
 use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
@@ -26,9 +26,9 @@ use crate::block_dev::{BlockDev, BlockRead};
 use crate::blocking::blocking;
 use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
 use crate::error::{Context as _, Error, ErrorKind, Result};
-use crate::export::nbd::{NbdOptions, NbdServer};
+use crate::export::nbd::{NbdOptions, NbdPlace, NbdServer};
 use crate::export::{DeviceSlot, VhostUserOptions, VhostUserServer};
-use crate::link::Links;
+use crate::link::{ExportTls, Links};
 use crate::meta::MetaStore;
 use crate::records::{self, Change};
 use crate::store::Store;
@@ -52,13 +52,14 @@ struct Shared {
     open: Mutex<HashMap<DiskId, Arc<Layer>>>,
     /// One open at a time per layer.
     opening: Mutex<HashMap<DiskId, Arc<tokio::sync::Mutex<()>>>>,
+    links: Links,
     on_demand: OnDemand,
     exports: Mutex<HashMap<Name, Exported>>,
 }
 
-/// A volume shown on a socket.
+/// A volume shown on a socket or a port.
 struct Exported {
-    path: PathBuf,
+    place: NbdPlace,
     disk_id: DiskId,
     server: DiskServer,
 }
@@ -92,7 +93,8 @@ impl Volumes {
             store,
             open: Mutex::default(),
             opening: Mutex::default(),
-            on_demand: OnDemand::new(links),
+            on_demand: OnDemand::new(links.clone()),
+            links,
             exports: Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -276,25 +278,33 @@ impl Volumes {
     /// Sockets that the volume is shown on.
     pub fn exports(&self, name: &Name) -> Vec<String> {
         let exports = self.shared.exports.lock();
-        exports.get(name).map(|exported| exported.path.to_string_lossy().into_owned()).into_iter().collect()
+        let show = |exported: &Exported| match &exported.place {
+            NbdPlace::Unix(path) => path.to_string_lossy().into_owned(),
+            NbdPlace::Tcp(address) => format!("nbds://{address}/{name}"),
+        };
+        exports.get(name).map(show).into_iter().collect()
     }
 
     /// Sockets of volumes that are shown over vhost-user-blk, and the volumes.
     pub(crate) fn vhost_user_sockets(&self) -> BTreeMap<PathBuf, Name> {
         let exports = self.shared.exports.lock();
-        let over = exports.iter().filter(|(_, exported)| matches!(exported.server, DiskServer::VhostUser(_)));
-        over.map(|(name, exported)| (exported.path.clone(), name.clone())).collect()
+        let over = exports.iter().filter_map(|(name, exported)| match (&exported.server, &exported.place) {
+            (DiskServer::VhostUser(_), NbdPlace::Unix(path)) => Some((path.clone(), name.clone())),
+            _ => None,
+        });
+        over.collect()
     }
 
     /// Takes a volume's socket out of this register, with its server at work: a VM has it from now on.
     pub(crate) fn hand_over(&self, name: &Name) -> Option<(PathBuf, DiskServer)> {
-        let exported = self.shared.exports.lock().remove(name)?;
-        Some((exported.path, exported.server))
+        let mut exports = self.shared.exports.lock();
+        let NbdPlace::Unix(path) = exports.get(name)?.place.clone() else { return None };
+        Some((path, exports.remove(name)?.server))
     }
 
     /// Takes back what was handed over.
     pub(crate) fn take_back(&self, record: &VolumeRecord, path: PathBuf, server: DiskServer) {
-        let exported = Exported { path, disk_id: record.disk_id, server };
+        let exported = Exported { place: NbdPlace::Unix(path), disk_id: record.disk_id, server };
         self.shared.exports.lock().insert(record.name.clone(), exported);
     }
 
@@ -348,8 +358,8 @@ impl Volumes {
         Ok(())
     }
 
-    /// Shows a volume on a socket of this host.
-    pub async fn attach(&self, record: &VolumeRecord, export: &str) -> Result<()> {
+    /// Shows a volume on a socket of this host, or on a TCP port.
+    pub async fn attach(&self, record: &VolumeRecord, request: &VolumeAttach) -> Result<()> {
         let name = &record.name;
         let action = || format!("attach volume {name}");
         if let Some(vm) = &record.attached_to {
@@ -361,20 +371,15 @@ impl Volumes {
                 format!("{}: it is on a socket already", action()),
             ));
         }
-        let layer = self.open(record).await?;
-        let slot = DeviceSlot::active(layer);
-        let (path, server) = match export {
-            "nbd" => {
-                let path = self.shared.run_dir.join(format!("{name}.nbd.sock"));
-                let options = NbdOptions { name: name.as_str().to_owned(), ..NbdOptions::default() };
-                let server = NbdServer::start(&path, slot, options)?;
-                (path, DiskServer::Nbd(server))
+        let over_nbd = match request.export.as_str() {
+            "nbd" => true,
+            "vhost-user-blk" if request.listen.is_some() || request.read_only => {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    format!("{}: a port, or reading only, is to be had over nbd", action()),
+                ));
             }
-            "vhost-user-blk" => {
-                let path = self.shared.run_dir.join(format!("{name}.vhost.sock"));
-                let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
-                (path, DiskServer::VhostUser(server))
-            }
+            "vhost-user-blk" => false,
             other => {
                 return Err(Error::new(
                     ErrorKind::InvalidInput,
@@ -382,7 +387,33 @@ impl Volumes {
                 ));
             }
         };
-        let exported = Exported { path, disk_id: record.disk_id, server };
+        let address = request.listen.as_ref().map(|text| text.parse());
+        let address = address.transpose().map_err(|error| {
+            Error::with_source(ErrorKind::InvalidInput, format!("{}: read IP:PORT", action()), error)
+        })?;
+        let layer = self.open(record).await?;
+        let slot = DeviceSlot::active(layer);
+        let run_dir = &self.shared.run_dir;
+        let (place, server) = if over_nbd {
+            let options = NbdOptions {
+                name: name.as_str().to_owned(),
+                read_only: request.read_only,
+                ..NbdOptions::default()
+            };
+            let server = match address {
+                Some(address) => {
+                    let tls = ExportTls::new(&self.shared.links)?;
+                    NbdServer::start_tcp(address, tls, slot, options)?
+                }
+                None => NbdServer::start(&run_dir.join(format!("{name}.nbd.sock")), slot, options)?,
+            };
+            (server.place().clone(), DiskServer::Nbd(server))
+        } else {
+            let path = run_dir.join(format!("{name}.vhost.sock"));
+            let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
+            (NbdPlace::Unix(path), DiskServer::VhostUser(server))
+        };
+        let exported = Exported { place, disk_id: record.disk_id, server };
         self.shared.exports.lock().insert(name.clone(), exported);
         Ok(())
     }

@@ -268,7 +268,7 @@ pub struct Volume {
     /// Bytes the layer takes on disk, where it is here.
     #[serde(default)]
     pub layer_bytes: Option<u64>,
-    /// Sockets it is exported on, while attached.
+    /// Sockets it is exported on, or `nbds://IP:PORT/NAME`, while attached.
     #[serde(default)]
     pub exports: Vec<String>,
 }
@@ -291,6 +291,12 @@ pub struct VolumeCreate {
 pub struct VolumeAttach {
     /// `vhost-user-blk` or `nbd`.
     pub export: String,
+    /// `IP:PORT` to listen on instead of a socket, with TLS (`nbd` only); port 0: one that is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// Whether clients may only read (`nbd` only).
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// A host.

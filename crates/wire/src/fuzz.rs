@@ -14,7 +14,7 @@ use crate::record::image::{
     encode_pack_tail,
 };
 use crate::record::layer::{header, log, runs, ship};
-use crate::{api, meta, size};
+use crate::{api, meta, nbd, size};
 
 /// Reads a value of type `T`; one that can be read can be written, and reads back as itself.
 fn json<T: DeserializeOwned + Serialize>(bytes: &[u8]) {
@@ -331,6 +331,37 @@ fuzz! {
         json::<meta::VolumeRecord>(bytes);
         json::<meta::VmRecord>(bytes);
         json::<meta::HoldsRecord>(bytes);
+    }
+
+    /// What an NBD client says: options, requests, their payloads. What can be read is written back as it was.
+    fn nbd(bytes) seeds [
+        [0, 0, 0, 1, b'd', 0, 1, 0, 3],
+        [&[0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 15][..], b"base:allocation"].concat(),
+        nbd::OptionHead { option: 7, length: 6 }.encode(),
+        nbd::Request { flags: 1, command: nbd::Command::Write, cookie: 2, offset: 3, length: 4 }
+            .encode(nbd::Headers::Compact),
+        nbd::Request { flags: 0x20, command: nbd::Command::BlockStatus, cookie: 2, offset: 3, length: 12 }
+            .encode(nbd::Headers::Extended),
+        [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1],
+    ] {
+        if let Some(query) = nbd::InfoQuery::decode(bytes) {
+            assert_eq!(bytes.len(), 6 + query.name.len() + 2 * query.kinds.len());
+        }
+        if let Some(query) = nbd::MetaQuery::decode(bytes) {
+            let lengths: usize = query.queries.iter().map(|query| 4 + query.len()).sum();
+            assert_eq!(bytes.len(), 8 + query.name.len() + lengths);
+        }
+        if let Some(payload) = nbd::request::StatusPayload::decode(bytes) {
+            assert_eq!(bytes.len(), 8 + 4 * payload.contexts.len());
+        }
+        if let Some(head) = bytes.first_chunk().and_then(nbd::OptionHead::decode) {
+            assert_eq!(head.encode(), bytes[..nbd::OptionHead::BYTES]);
+        }
+        for headers in [nbd::Headers::Compact, nbd::Headers::Extended] {
+            if let Some(request) = nbd::Request::decode(headers, bytes) {
+                assert_eq!(request.encode(headers), bytes[..headers.bytes()]);
+            }
+        }
     }
 
     /// Names, identifiers, sizes, rates and durations, as people type them.

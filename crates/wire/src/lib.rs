@@ -1,7 +1,8 @@
 //! Every byte that leaves a Whimbrel process, and the nouns the other layers share.
 //!
 //! Charter: definitions only. Peer messages ([`peer`]), on-disk records ([`record`]), metadata records
-//! ([`meta`]), the HTTP API's types ([`api`]), and the identifiers they are made of. No I/O and no decisions.
+//! ([`meta`]), the NBD protocol ([`nbd`]), the HTTP API's types ([`api`]), and the identifiers they are made of. No I/O
+//! and no decisions.
 //!
 //! Glossary
 //! * *Host*: one agent with a certificate; named by [`HostId`].
@@ -24,6 +25,7 @@ pub mod foreign;
 mod fuzz;
 pub mod id;
 pub mod meta;
+pub mod nbd;
 pub mod peer;
 pub mod record;
 pub mod size;

@@ -29,6 +29,8 @@ const RULES: &[(&str, &[Role])] = &[
     ("cluster.*", HOST),
     // Long work on this host, seen from another.
     ("task.*", MANAGE),
+    // A volume shown over NBD on a TCP port, attached.
+    ("export.*", MANAGE),
     // Questions about the host itself: versions, free space, prechecks.
     ("host.*", HOST),
 ];
@@ -89,17 +91,14 @@ mod test {
             assert!(may_call(role, "cluster.renew"), "{role} renews its certificate");
             let manages = matches!(role, Role::Host | Role::Operator);
             assert_eq!(may_call(role, "task.show"), manages, "{role} task.show");
+            assert_eq!(may_call(role, "export.nbd"), manages, "{role} export.nbd");
         }
         let areas: Vec<_> = RULES.iter().map(|(name, _)| name.split('.').next().unwrap()).collect();
-        for area in ["image", "layer", "memory", "migrate", "meta", "cluster", "task", "host"] {
+        let decided = ["image", "layer", "memory", "migrate", "meta", "cluster", "task", "export", "host"];
+        for area in decided {
             assert!(areas.contains(&area), "{area} has a rule");
         }
-        assert!(
-            areas.iter().all(|area| {
-                ["image", "layer", "memory", "migrate", "meta", "cluster", "task", "host"].contains(area)
-            }),
-            "a new area is decided here too"
-        );
+        assert!(areas.iter().all(|area| decided.contains(area)), "a new area is decided here too");
     }
 
     #[test]

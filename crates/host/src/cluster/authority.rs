@@ -104,6 +104,9 @@ impl Authority {
         params.subject_alt_names = vec![SanType::URI(uri)];
         params.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
         if subject.role == Role::Host {
+            // For clients that are none of ours, and compare names: those of exported disks.
+            let name = subject.name.as_str().try_into().map_err(fault("write a name into a certificate"))?;
+            params.subject_alt_names.push(SanType::DnsName(name));
             params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
         }
         let certificate = params.signed_by(key, &self.issuer).map_err(fault("sign a certificate"))?;

@@ -33,6 +33,12 @@ impl Waker {
         self.sleeping.store(false, Ordering::Relaxed);
     }
 
+    /// Forgets wakes that came, for a sleeper that would see them again and again.
+    pub(super) fn clear(&self) {
+        // Nothing to read: nobody woke it.
+        let _ = rustix::io::read(&self.fd, &mut [0; 8]);
+    }
+
     /// Wakes the thread if it sleeps or is about to.
     pub(super) fn wake(&self) {
         fence(Ordering::SeqCst);

@@ -1,44 +1,64 @@
-//! The disk for tools: an NBD server on a unix socket, as many connections as clients like.
+//! The disk for tools and other machines: an NBD server, as many connections as clients like.
 //!
 //! ```text
-//!   accept ──▶ handshake (fixed newstyle, options) ──▶ session (requests, answered in any order) ──▶ closed
+//!   unix socket ─┐            line (plain, or TLS)
+//!                ├─ accept ──▶ handshake (engine::export::nbd) ──▶ session (requests, in any order) ──▶ closed
+//!   TCP, TLS ────┘                                                   │ what would wait: pool, mailbox
+//!                                                                    └──▶ DeviceSlot ──▶ disk
 //! ```
 //!
-//! Offered: structured replies, `base:allocation`, flush, FUA, trim, write-zeroes, cache, multi-conn. Block sizes are
-//! told: 512 at least, 4096 preferred, 32 MiB at most; what keeps not to them is an error of the request.
+//! Offered: fixed newstyle negotiation, structured replies, extended headers, `base:allocation`, flush, FUA, trim,
+//! write-zeroes (no hole, fast), cache, multi-conn. Lengths and offsets are in units of 512 bytes, payloads at most
+//! 32 MiB; what keeps not to that is an error of the request.
 //!
 //! Invariants
 //! * A flush on one connection covers what was answered on every other one: all share one disk.
-//! * What a client sends is measured before it is believed: options are at most 64 KiB, payloads at most 32 MiB, and
-//!   a handshake ends within its limit.
+//! * What a client sends is measured before it is believed, and a handshake ends within its limit.
+//! * A connection has its own thread, its own threads for requests that wait, and about 100 MiB at most: one that
+//!   sends rubbish, stops reading or vanishes takes nothing from the others.
+//! * Over TCP nothing is told before TLS stands and the client's certificate was checked; a unix socket has no TLS,
+//!   who may connect is its owner and mode.
+//! * A disk that grew is larger for connections that begin afterwards.
 //!
-//! Not here: TLS; who may connect is the socket's owner and mode.
+//! Not here: bytes (`wire::nbd`), what is agreed on and what a request may do (`engine::export::nbd`).
 
 #[cfg(test)]
 mod fuzz;
 mod handshake;
-mod proto;
+mod line;
+mod mailbox;
 mod session;
+#[cfg(test)]
+mod test_client;
+#[cfg(test)]
+mod test_hostile;
+#[cfg(test)]
+mod test_tls;
 #[cfg(test)]
 mod test_tools;
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::sockopt;
+use whimbrel_engine::export::nbd::Offer;
 
 use super::event::Waker;
-use super::pool::Pool;
-use super::slot::DeviceSlot;
+use super::slot::{DeviceSlot, Entered};
 use super::socket::{SocketOwner, listen};
+use crate::block_dev::BlockDev;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::link::ExportTls;
+use line::Line;
 
 /// How a disk is offered over NBD.
 #[derive(Clone, Debug)]
@@ -47,13 +67,13 @@ pub struct NbdOptions {
     pub name: String,
     /// Whether clients may only read.
     pub read_only: bool,
-    /// Who may connect; our own user with mode 0600 if not said.
+    /// Who may connect to a unix socket; our own user with mode 0600 if not said.
     pub owner: Option<SocketOwner>,
-    /// Threads for requests that wait for other hosts, stores or flushes.
+    /// Threads of a connection for requests that wait for other hosts or stores.
     pub workers: usize,
     /// Connections over which further ones are closed at once.
     pub max_connections: usize,
-    /// How long a handshake may take.
+    /// How long a handshake may take, and how long a client may refuse to take answers.
     pub patience: Duration,
     /// How long a request may wait for a disk that is not served, before it is answered with an error.
     pub disk_patience: Duration,
@@ -65,7 +85,7 @@ impl Default for NbdOptions {
             name: String::new(),
             read_only: false,
             owner: None,
-            workers: 16,
+            workers: 8,
             max_connections: 32,
             patience: Duration::from_secs(30),
             disk_patience: Duration::from_secs(30),
@@ -76,16 +96,79 @@ impl Default for NbdOptions {
 /// What all connections share.
 struct Export {
     slot: DeviceSlot,
-    pool: Pool,
     options: NbdOptions,
+    tls: Option<ExportTls>,
     stop: AtomicBool,
+}
+
+/// Where clients connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdPlace {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP port, with TLS.
+    Tcp(SocketAddr),
+}
+
+impl std::fmt::Display for NbdPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unix(path) => path.display().fmt(f),
+            Self::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn set_nonblocking(&self) -> std::io::Result<()> {
+        match self {
+            Self::Unix(listener) => listener.set_nonblocking(true),
+            Self::Tcp(listener) => listener.set_nonblocking(true),
+        }
+    }
+
+    fn accept(&self) -> std::io::Result<OwnedFd> {
+        match self {
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
+            }
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                // These fail for a client that is gone already, which is noticed soon enough.
+                let _ = stream.set_nodelay(true);
+                // One whose machine is gone is noticed after two minutes.
+                let _ = sockopt::set_socket_keepalive(&stream, true);
+                let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
+                let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(15));
+                let _ = sockopt::set_tcp_keepcnt(&stream, 4);
+                Ok(stream.into())
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(listener) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
 }
 
 struct Shared {
     export: Arc<Export>,
-    path: PathBuf,
+    place: NbdPlace,
     waker: Waker,
-    connections: Mutex<HashMap<u64, UnixStream>>,
+    connections: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     all_closed: Condvar,
 }
 
@@ -96,14 +179,35 @@ pub struct NbdServer {
 }
 
 impl NbdServer {
-    /// Binds `path` and serves the slot's disk there.
+    /// Binds the unix socket `path` and serves the slot's disk there.
     pub fn start(path: &Path, slot: DeviceSlot, options: NbdOptions) -> Result<Self> {
-        let listener = listen(path, options.owner)?;
-        listener.set_nonblocking(true).with_context(|| format!("listen on {}", path.display()))?;
-        let pool = Pool::new("nbd-wait", options.workers);
+        let listener = Listener::Unix(listen(path, options.owner)?);
+        Self::serve(listener, NbdPlace::Unix(path.to_owned()), slot, options, None)
+    }
+
+    /// Binds a TCP port and serves the slot's disk there, to whom `tls` lets in. Port 0: one that is free.
+    pub fn start_tcp(
+        address: SocketAddr,
+        tls: ExportTls,
+        slot: DeviceSlot,
+        options: NbdOptions,
+    ) -> Result<Self> {
+        let listener = TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;
+        let address = listener.local_addr().context("ask for the listening address")?;
+        Self::serve(Listener::Tcp(listener), NbdPlace::Tcp(address), slot, options, Some(tls))
+    }
+
+    fn serve(
+        listener: Listener,
+        place: NbdPlace,
+        slot: DeviceSlot,
+        options: NbdOptions,
+        tls: Option<ExportTls>,
+    ) -> Result<Self> {
+        listener.set_nonblocking().with_context(|| format!("listen on {place}"))?;
         let shared = Arc::new(Shared {
-            export: Arc::new(Export { slot, pool, options, stop: AtomicBool::new(false) }),
-            path: path.to_owned(),
+            export: Arc::new(Export { slot, options, tls, stop: AtomicBool::new(false) }),
+            place,
             waker: Waker::new()?,
             connections: Mutex::default(),
             all_closed: Condvar::new(),
@@ -117,8 +221,8 @@ impl NbdServer {
     }
 
     /// Where clients connect.
-    pub fn path(&self) -> &Path {
-        &self.shared.path
+    pub fn place(&self) -> &NbdPlace {
+        &self.shared.place
     }
 
     /// The disk being served, or the place for it.
@@ -141,12 +245,13 @@ impl NbdServer {
         self.shared.export.stop.store(true, Ordering::SeqCst);
         self.shared.waker.wake();
         let panicked = thread.join().is_err();
-        // A socket that somebody else removed or replaced is not ours to care for.
-        let _ = std::fs::remove_file(&self.shared.path);
+        if let NbdPlace::Unix(path) = &self.shared.place {
+            // A socket that somebody else removed or replaced is not ours to care for.
+            let _ = std::fs::remove_file(path);
+        }
         let mut connections = self.shared.connections.lock();
-        for stream in connections.values() {
-            // One that is closed already is what we want.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+        for socket in connections.values() {
+            line::shut(socket);
         }
         let limit = self.shared.export.options.patience;
         self.shared.all_closed.wait_while_for(&mut connections, |open| !open.is_empty(), limit);
@@ -166,7 +271,7 @@ impl Drop for NbdServer {
 }
 
 impl Shared {
-    fn serve(self: Arc<Self>, listener: &UnixListener) {
+    fn serve(self: Arc<Self>, listener: &Listener) {
         let mut next = 0;
         loop {
             self.waker.prepare();
@@ -174,16 +279,17 @@ impl Shared {
                 return;
             }
             match listener.accept() {
-                Ok((stream, _)) => {
+                Ok(socket) => {
                     next += 1;
-                    if let Err(error) = self.clone().start(next, stream) {
-                        tracing::warn!(socket = %self.path.display(), %error, "NBD client");
+                    if let Err(error) = self.clone().start(next, socket) {
+                        // Not louder: how often is up to whoever connects.
+                        tracing::debug!(place = %self.place, %error, "NBD client");
                     }
                     continue;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => {
-                    tracing::warn!(socket = %self.path.display(), %error, "accept an NBD client");
+                    tracing::warn!(place = %self.place, %error, "accept an NBD client");
                     std::thread::sleep(Duration::from_millis(200));
                     continue;
                 }
@@ -198,9 +304,8 @@ impl Shared {
     }
 
     /// Gives a connection a thread of its own.
-    fn start(self: Arc<Self>, id: u64, stream: UnixStream) -> Result<()> {
-        stream.set_nonblocking(false).context("set up a connection")?;
-        let copy = stream.try_clone().context("copy a connection")?;
+    fn start(self: Arc<Self>, id: u64, socket: OwnedFd) -> Result<()> {
+        let socket = Arc::new(socket);
         {
             let mut connections = self.connections.lock();
             if connections.len() >= self.export.options.max_connections {
@@ -209,13 +314,13 @@ impl Shared {
                     "serve one more client: too many connections",
                 ));
             }
-            connections.insert(id, copy);
+            connections.insert(id, socket.clone());
         }
         let shared = self.clone();
         let spawned = std::thread::Builder::new().name("nbd-client".to_owned()).spawn(move || {
             let _closed = Closed { shared: &shared, id };
-            if let Err(error) = shared.export.serve_client(&stream) {
-                tracing::debug!(socket = %shared.path.display(), %error, "NBD client");
+            if let Err(error) = shared.export.serve_client(Line::new(socket)) {
+                tracing::debug!(place = %shared.place, %error, "NBD client");
             }
         });
         if let Err(error) = spawned {
@@ -235,9 +340,9 @@ struct Closed<'a> {
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         let mut connections = self.shared.connections.lock();
-        if let Some(stream) = connections.remove(&self.id) {
-            // Jobs of the pool may still hold a copy; the client must see the end now.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+        if let Some(socket) = connections.remove(&self.id) {
+            // The client must see the end now, whoever else holds the descriptor.
+            line::shut(&socket);
         }
         if connections.is_empty() {
             self.shared.all_closed.notify_all();
@@ -246,13 +351,62 @@ impl Drop for Closed<'_> {
 }
 
 impl Export {
-    fn serve_client(self: &Arc<Self>, stream: &UnixStream) -> Result<()> {
-        let patience = self.options.patience;
-        stream.set_read_timeout(Some(patience)).context("set up a connection")?;
-        stream.set_write_timeout(Some(patience)).context("set up a connection")?;
-        let Some(agreed) = handshake::shake_hands(self, stream)? else { return Ok(()) };
+    fn serve_client(self: &Arc<Self>, mut line: Line) -> Result<()> {
+        let Some(agreed) = handshake::shake_hands(self, &mut line)? else { return Ok(()) };
         // A client may be silent for as long as it likes, but not stop taking answers.
-        stream.set_read_timeout(None).context("set up a connection")?;
-        session::run(self, stream, agreed)
+        line.limit_receiving(None)?;
+        session::run(self, line, agreed)
+    }
+
+    /// What is offered now.
+    fn offer(&self) -> Offer<'_> {
+        Offer {
+            name: &self.options.name,
+            size_bytes: self.slot.size_bytes(),
+            read_only: self.options.read_only,
+        }
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// The disk, held against a fence; waits for it if it is not served, up to the export's patience.
+    fn enter(&self) -> Option<Entered<'_>> {
+        self.enter_unless(|| false)
+    }
+
+    /// The same for a flush; `None` at once if nothing is left to flush ([`DeviceSlot::is_durable`]).
+    fn enter_to_flush(&self) -> Option<Entered<'_>> {
+        self.enter_unless(|| self.slot.is_durable())
+    }
+
+    fn enter_unless(&self, needless: impl Fn() -> bool) -> Option<Entered<'_>> {
+        if let Some(device) = self.slot.enter() {
+            return Some(device);
+        }
+        let deadline = Instant::now() + self.options.disk_patience;
+        loop {
+            if needless() {
+                return None;
+            }
+            if let Some(device) = self.slot.enter_within(Duration::from_millis(100)) {
+                return Some(device);
+            }
+            if self.is_stopping() || Instant::now() > deadline {
+                return None;
+            }
+        }
+    }
+
+    /// The disk for reads, which may take long and hold up no fence.
+    fn reader(&self) -> Option<Arc<dyn BlockDev>> {
+        loop {
+            drop(self.enter()?);
+            // Gone between the two: its next coming is waited for as well.
+            if let Some(reader) = self.slot.reader() {
+                return Some(reader);
+            }
+        }
     }
 }

@@ -42,16 +42,27 @@ fn fault(what: &'static str) -> impl FnOnce(rustls::Error) -> Error {
 
 /// For peers and the remote API: both sides show certificates.
 pub(super) fn server(credentials: &Arc<Credentials>) -> Result<Arc<ServerConfig>> {
+    let mut config = mutual(credentials)?;
+    config.alpn_protocols = vec![ALPN_PEER.to_vec(), ALPN_HTTP.to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// A server that demands a certificate of the cluster's authority.
+fn mutual(credentials: &Arc<Credentials>) -> Result<ServerConfig> {
     let verifier = WebPkiClientVerifier::builder_with_provider(credentials.roots().clone(), provider())
         .build()
         .map_err(|error| Error::with_source(ErrorKind::Internal, "set up client certificates", error))?;
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(fault("set up TLS"))?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(credentials.clone());
-    config.alpn_protocols = vec![ALPN_PEER.to_vec(), ALPN_HTTP.to_vec()];
-    Ok(Arc::new(without_sessions(config)))
+    Ok(without_sessions(config))
+}
+
+/// For clients of exported disks, which know nothing of our protocols: both sides show certificates.
+pub(super) fn export_server(credentials: &Arc<Credentials>) -> Result<Arc<ServerConfig>> {
+    Ok(Arc::new(mutual(credentials)?))
 }
 
 /// For those who join: only the server shows a certificate.

@@ -66,13 +66,19 @@ pub enum VolumeCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Show a volume to programs of this host on a socket, and print the socket's path.
+    /// Show a volume to programs of this host on a socket, and print the socket's path; or to others over TLS.
     Attach {
         /// Its name.
         name: Name,
         /// nbd or vhost-user-blk
         #[arg(long, default_value = "nbd")]
         export: String,
+        /// A TCP port instead of a socket, with TLS and the cluster's certificates (nbd only).
+        #[arg(long, value_name = "IP:PORT")]
+        listen: Option<std::net::SocketAddr>,
+        /// Clients may only read (nbd only).
+        #[arg(long)]
+        read_only: bool,
     },
     /// Take the socket away again.
     Detach {
@@ -137,9 +143,10 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             let started: TaskStarted = client.post(&format!("/v1/volumes/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await
         }
-        VolumeCommand::Attach { name, export } => {
-            let volume: Volume =
-                client.post(&format!("/v1/volumes/{name}/attach"), &VolumeAttach { export }).await?;
+        VolumeCommand::Attach { name, export, listen, read_only } => {
+            let listen = listen.map(|address| address.to_string());
+            let body = VolumeAttach { export, listen, read_only };
+            let volume: Volume = client.post(&format!("/v1/volumes/{name}/attach"), &body).await?;
             context.print(&volume, |volume| volume.exports.join("\n"))
         }
         VolumeCommand::Detach { name } => {

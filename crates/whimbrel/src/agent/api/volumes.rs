@@ -49,7 +49,7 @@ pub async fn attach(
     Path(name): Path<Name>,
     JsonBody(request): JsonBody<VolumeAttach>,
 ) -> Answer<Volume> {
-    answer(agent.node()?.volume_attach(&name, &request.export).await?)
+    answer(agent.node()?.volume_attach(&name, &request).await?)
 }
 
 pub async fn detach(State(agent): State<Arc<Agent>>, Path(name): Path<Name>) -> Answer<Volume> {

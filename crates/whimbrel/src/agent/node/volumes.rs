@@ -7,7 +7,9 @@ use whimbrel_host::records;
 use whimbrel_host::volume::format_of;
 use whimbrel_host::{Error, ErrorKind, Result};
 use whimbrel_wire::Name;
-use whimbrel_wire::api::{Export, TaskKind, TaskStarted, Volume, VolumeCheck, VolumeCreate, VolumeImport};
+use whimbrel_wire::api::{
+    Export, TaskKind, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
+};
 use whimbrel_wire::meta::{VolumeRecord, key};
 
 use super::Node;
@@ -67,11 +69,11 @@ impl Node {
         Ok(started)
     }
 
-    /// Shows a volume of this host on a socket.
-    pub async fn volume_attach(&self, name: &Name, export: &str) -> Result<Volume> {
+    /// Shows a volume of this host on a socket, or on a TCP port.
+    pub async fn volume_attach(&self, name: &Name, request: &VolumeAttach) -> Result<Volume> {
         let record = self.volume_record(name).await?;
         self.refuse_elsewhere(&record)?;
-        self.volumes.attach(&record, export).await?;
+        self.volumes.attach(&record, request).await?;
         Ok(self.describe_volume(record))
     }
 

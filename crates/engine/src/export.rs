@@ -1,0 +1,3 @@
+//! How disks are offered to those who ask for them.
+
+pub mod nbd;
