@@ -103,6 +103,9 @@ fn same(one: &Path, other: &Path) -> Result<()> {
     capture(cmd("cmp", &[]).arg(one).arg(other)).map(drop).context("compare what was copied")
 }
 
+/// One program's part; the file is what is copied in and out.
+type Step = fn(&Attached<'_>, &Path) -> Result<()>;
+
 /// See the module's charter.
 pub(super) fn peers_tools_agree(c: &Context<'_>) -> Result<()> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
@@ -113,7 +116,7 @@ pub(super) fn peers_tools_agree(c: &Context<'_>) -> Result<()> {
     let name = "tools";
     host.whimbrel(&["volume", "create", name, "--size", &format!("{}M", SIZE / MIB)])?;
     let disk = Attached::new(c, host, name, &[])?;
-    let steps: [(&str, fn(&Attached<'_>, &Path) -> Result<()>); 6] = [
+    let steps: [(&str, Step); 6] = [
         ("nbdinfo", |disk, _| told(disk)),
         ("nbdsh", |disk, _| commands(disk)),
         ("fio", |disk, _| verified(disk)),
