@@ -320,7 +320,15 @@ fn killed(disk: &Attached<'_>, source: &Path) -> Result<()> {
     for round in 0..4 {
         let offset = format!("--offset={}", SIZE / 2);
         let mut fio = dying_with_us("fio", &["--name=k", "--ioengine=nbd", &uri, "--rw=randrw", "--bs=64k"]);
-        fio.args(["--iodepth=64", "--size=16m", "--time_based", "--runtime=30", "--fsync=16", &offset]);
+        fio.args([
+            "--thread",
+            "--iodepth=64",
+            "--size=16m",
+            "--time_based",
+            "--runtime=30",
+            "--fsync=16",
+            &offset,
+        ]);
         fio.stdout(std::process::Stdio::null());
         let mut child = fio.spawn().with_context(|| format!("start {}", line(&fio)))?;
         std::thread::sleep(Duration::from_millis(600 + 150 * round));

@@ -37,7 +37,7 @@ mod test_tls;
 #[cfg(test)]
 mod test_tools;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -71,7 +71,7 @@ pub struct NbdOptions {
     pub owner: Option<SocketOwner>,
     /// Threads of a connection for requests that wait for other hosts or stores.
     pub workers: usize,
-    /// Connections over which further ones are closed at once.
+    /// Clients at once; further ones are closed. One that has not got through its handshake makes room for another.
     pub max_connections: usize,
     /// How long a handshake may take, and how long a client may refuse to take answers.
     pub patience: Duration,
@@ -164,11 +164,19 @@ impl AsFd for Listener {
     }
 }
 
+/// A client that is connected.
+struct Connection {
+    socket: Arc<OwnedFd>,
+    /// Whether its handshake is over.
+    settled: AtomicBool,
+}
+
 struct Shared {
     export: Arc<Export>,
     place: NbdPlace,
     waker: Waker,
-    connections: Mutex<HashMap<u64, Arc<OwnedFd>>>,
+    /// By the order in which they came.
+    connections: Mutex<BTreeMap<u64, Arc<Connection>>>,
     all_closed: Condvar,
 }
 
@@ -250,8 +258,8 @@ impl NbdServer {
             let _ = std::fs::remove_file(path);
         }
         let mut connections = self.shared.connections.lock();
-        for socket in connections.values() {
-            line::shut(socket);
+        for connection in connections.values() {
+            line::shut(&connection.socket);
         }
         let limit = self.shared.export.options.patience;
         self.shared.all_closed.wait_while_for(&mut connections, |open| !open.is_empty(), limit);
@@ -305,21 +313,30 @@ impl Shared {
 
     /// Gives a connection a thread of its own.
     fn start(self: Arc<Self>, id: u64, socket: OwnedFd) -> Result<()> {
-        let socket = Arc::new(socket);
+        let connection = Arc::new(Connection { socket: Arc::new(socket), settled: AtomicBool::new(false) });
         {
             let mut connections = self.connections.lock();
-            if connections.len() >= self.export.options.max_connections {
+            let max = self.export.options.max_connections;
+            let is_settled = |connection: &Connection| connection.settled.load(Ordering::SeqCst);
+            let settled = connections.values().filter(|other| is_settled(other)).count();
+            if settled >= max || connections.len() >= 2 * max {
                 return Err(Error::new(
                     ErrorKind::Unavailable,
                     "serve one more client: too many connections",
                 ));
             }
-            connections.insert(id, socket.clone());
+            if connections.len() >= max
+                && let Some(oldest) = connections.values().find(|other| !is_settled(other))
+            {
+                // Clients that connect and say nothing keep nobody out.
+                line::shut(&oldest.socket);
+            }
+            connections.insert(id, connection.clone());
         }
         let shared = self.clone();
         let spawned = std::thread::Builder::new().name("nbd-client".to_owned()).spawn(move || {
             let _closed = Closed { shared: &shared, id };
-            if let Err(error) = shared.export.serve_client(Line::new(socket)) {
+            if let Err(error) = shared.export.serve_client(&connection) {
                 tracing::debug!(place = %shared.place, %error, "NBD client");
             }
         });
@@ -340,9 +357,9 @@ struct Closed<'a> {
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         let mut connections = self.shared.connections.lock();
-        if let Some(socket) = connections.remove(&self.id) {
+        if let Some(connection) = connections.remove(&self.id) {
             // The client must see the end now, whoever else holds the descriptor.
-            line::shut(&socket);
+            line::shut(&connection.socket);
         }
         if connections.is_empty() {
             self.shared.all_closed.notify_all();
@@ -351,8 +368,10 @@ impl Drop for Closed<'_> {
 }
 
 impl Export {
-    fn serve_client(self: &Arc<Self>, mut line: Line) -> Result<()> {
+    fn serve_client(self: &Arc<Self>, connection: &Connection) -> Result<()> {
+        let mut line = Line::new(connection.socket.clone());
         let Some(agreed) = handshake::shake_hands(self, &mut line)? else { return Ok(()) };
+        connection.settled.store(true, Ordering::SeqCst);
         // A client may be silent for as long as it likes, but not stop taking answers.
         line.limit_receiving(None)?;
         session::run(self, line, agreed)

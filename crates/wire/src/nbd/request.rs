@@ -143,13 +143,11 @@ impl Request {
         bytes
     }
 
-    /// Bytes that follow the header.
+    /// Bytes that follow the header. An extended write has its data behind it even without [`FLAG_PAYLOAD_LEN`]: the
+    /// protocol's text demands the flag, and QEMU 10.0 forgets it.
     pub fn payload_bytes(&self, headers: Headers) -> u64 {
-        let follows = match headers {
-            Headers::Compact => self.command == Command::Write,
-            Headers::Extended => self.flags & FLAG_PAYLOAD_LEN != 0,
-        };
-        if follows { self.length } else { 0 }
+        let flagged = headers == Headers::Extended && self.flags & FLAG_PAYLOAD_LEN != 0;
+        if flagged || self.command == Command::Write { self.length } else { 0 }
     }
 }
 

@@ -86,6 +86,19 @@ fn options_with_lengths_that_do_not_fit_are_refused() {
     assert_eq!(StatusPayload::decode(&[0; 16]), Some(two));
 }
 
+#[test]
+fn payloads_follow_writes_and_flagged_requests() {
+    let flagged = |command| Request { flags: request::FLAG_PAYLOAD_LEN, ..request(command, 0, 512) };
+    for headers in [Headers::Compact, Headers::Extended] {
+        let bytes = |request: Request| request.payload_bytes(headers);
+        assert_eq!(bytes(request(Command::Write, 0, 512)), 512);
+        assert_eq!(bytes(request(Command::Read, 0, 512)), 0);
+        assert_eq!(bytes(flagged(Command::Write)), 512);
+        let extended = headers == Headers::Extended;
+        assert_eq!(bytes(flagged(Command::BlockStatus)), if extended { 512 } else { 0 });
+    }
+}
+
 proptest! {
     #[test]
     fn requests_are_read_back(flags: u16, command: u16, cookie: u64, offset: u64, length: u64) {

@@ -136,9 +136,6 @@ fn checked_flags(agreed: &Agreed, request: &Request, payload: &[u8]) -> Result<u
     if request.flags & !(known | FLAG_FUA) != 0 {
         return no(Errno::Inval, "a flag that this command does not have");
     }
-    if extended && request.command == Command::Write && !carries {
-        return no(Errno::Inval, "a write without payload");
-    }
     if carries && request.command == Command::BlockStatus {
         return match StatusPayload::decode(payload) {
             Some(asked) if asked.contexts == [CONTEXT_ID] => Ok(asked.length),

@@ -185,6 +185,25 @@ fn a_client_that_vanishes_leaves_nothing() {
 }
 
 #[test]
+fn clients_that_say_nothing_keep_nobody_out_and_those_that_work_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let slot = DeviceSlot::active(Arc::new(RamDevice::new(SIZE)));
+    let options = NbdOptions { max_connections: 3, ..NbdOptions::default() };
+    let _server = NbdServer::start(&dir.path().join("nbd.sock"), slot, options).unwrap();
+    let mut good = connect(&dir);
+    let _silent: Vec<_> = (0..4).map(|_| UnixStream::connect(dir.path().join("nbd.sock")).unwrap()).collect();
+    let mut second = connect(&dir);
+    let mut third = connect(&dir);
+    for client in [&mut good, &mut second, &mut third] {
+        reads(client);
+    }
+    let mut fourth = UnixStream::connect(dir.path().join("nbd.sock")).unwrap();
+    fourth.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    ends(&mut fourth, "one too many");
+    reads(&mut good);
+}
+
+#[test]
 fn an_end_that_is_asked_for_comes_after_the_answers() {
     let dir = tempfile::tempdir().unwrap();
     let _server = start(&dir, Duration::from_secs(5));
