@@ -1,4 +1,5 @@
-//! Virtual disks: identity and linkage of layers, and which block is where.
+//! Virtual disks: identity and linkage of layers, which block is where, and what VHDX files say.
 
 pub mod extent_map;
 pub mod identity;
+pub mod vhdx;

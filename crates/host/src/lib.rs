@@ -6,6 +6,7 @@
 //! disk/      layers and volumes                                export/   vhost-user-blk, NBD
 //! guest/     QEMU: start, QMP, inject, dirty pages, streams    memory/   RAM on its way between hosts
 //! migrate/   carries out the handover                          task.rs   long work: progress, cancel
+//! vhdx/      Hyper-V's disk files, read and written
 //! ```
 //!
 //! Decisions are made in `whimbrel-engine`; this crate carries them out and reports what happened.
@@ -31,6 +32,7 @@ pub mod migrate;
 pub mod records;
 pub mod store;
 pub mod task;
+pub mod vhdx;
 pub mod vm;
 pub mod volume;
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use whimbrel_wire::api::{VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport};
+use whimbrel_wire::api::{Export, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport};
 use whimbrel_wire::meta::{ImageParent, VolumeRecord, key};
 use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
@@ -32,7 +32,7 @@ use crate::link::{ExportTls, Links};
 use crate::meta::MetaStore;
 use crate::records::{self, Change};
 use crate::store::Store;
-use crate::store::convert::{Converter, Format};
+use crate::store::convert::{Converter, ExportAs, Format, each_data};
 use crate::task::TaskHandle;
 use crate::vm::DiskServer;
 use on_demand::OnDemand;
@@ -460,7 +460,7 @@ impl Volumes {
         &self,
         record: &VolumeRecord,
         file: PathBuf,
-        format: Format,
+        what: ExportAs,
         convert: Arc<Converter>,
         task: &Arc<TaskHandle>,
     ) -> Result<()> {
@@ -472,7 +472,8 @@ impl Volumes {
             .hint("stop the VM first"));
         }
         let layer = self.open(record).await?;
-        let result = export_file(convert, layer, file, format, task).await;
+        let what = ExportAs { disk_id: Some(record.disk_id.0), ..what };
+        let result = export_file(convert, layer, file, what, task).await;
         if !self.is_exported(&record.name) {
             self.close(record.disk_id);
         }
@@ -497,7 +498,13 @@ pub fn format_of(file: &Path, stated: Option<&str>) -> Result<Format> {
     stated.map_or_else(|| Format::of_extension(file), str::parse)
 }
 
-/// Opens a disk image file for reading, converting it if it is not raw.
+/// What a request wants written to `file`.
+pub fn export_as(file: &Path, request: &Export) -> Result<ExportAs> {
+    let format = format_of(file, request.format.as_deref())?;
+    Ok(ExportAs { format, disk_id: None, parent: request.parent.as_ref().map(PathBuf::from) })
+}
+
+/// Opens a disk image file for reading, converting it if it is neither raw nor VHDX.
 pub async fn open_file(
     convert: Arc<Converter>,
     file: PathBuf,
@@ -510,7 +517,7 @@ pub async fn open_file(
     let opened = blocking("open a disk image", move || {
         convert.open(&file, format, &mut |done, total| step(&task, done, total))
     });
-    Ok(Arc::new(opened.await?))
+    opened.await
 }
 
 /// Writes a disk to a disk image file.
@@ -518,13 +525,13 @@ pub async fn export_file(
     convert: Arc<Converter>,
     disk: Arc<dyn BlockRead>,
     file: PathBuf,
-    format: Format,
+    what: ExportAs,
     task: &Arc<TaskHandle>,
 ) -> Result<()> {
     task.phase("write");
     let task = Arc::clone(task);
     blocking("write a disk image", move || {
-        convert.export(&*disk, &file, format, &mut |done, total| step(&task, done, total))
+        convert.export(&*disk, &file, &what, &mut |done, total| step(&task, done, total))
     })
     .await
 }
@@ -538,28 +545,10 @@ fn step(task: &TaskHandle, done: u64, total: u64) -> Result<()> {
     Ok(())
 }
 
-/// Bytes copied at a time.
-const COPY_BYTES: u64 = 1 << 20;
-
 /// Copies what `source` holds into `target`, which reads as zeros.
 fn copy(source: &dyn BlockRead, target: &dyn BlockDev, task: &TaskHandle) -> Result<()> {
-    let size = source.size_bytes();
-    let mut buffer = vec![0_u8; usize::try_from(COPY_BYTES).unwrap_or(1 << 20)];
-    let mut offset = 0;
-    while offset < size {
-        let extent = source.extent(offset)?;
-        let mut left = extent.length.min(size - offset).max(1);
-        while extent.data && left > 0 {
-            let length = left.min(COPY_BYTES);
-            let part = buffer.get_mut(..usize::try_from(length).unwrap_or(0)).unwrap_or_default();
-            source.read(offset, &mut [std::io::IoSliceMut::new(part)])?;
-            target.write(offset, &[std::io::IoSlice::new(part)])?;
-            offset += length;
-            left -= length;
-            step(task, offset, size)?;
-        }
-        offset += left;
-        step(task, offset, size)?;
-    }
+    each_data(source, &mut |done, total| step(task, done, total), &mut |offset, bytes| {
+        target.write(offset, &[std::io::IoSlice::new(bytes)])
+    })?;
     target.flush()
 }

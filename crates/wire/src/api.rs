@@ -421,6 +421,9 @@ pub struct Export {
     /// raw, qcow2, vhdx or vmdk; from the extension if not given.
     #[serde(default)]
     pub format: Option<String>,
+    /// A vhdx file of the same size: only what differs from it is written, as a vhdx file that lies on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
 }
 
 /// Make a volume from a file. Local socket only.

@@ -1,9 +1,12 @@
 //! Foreign disk images in and out: raw, qcow2, VHDX, VMDK.
 //!
 //! ```text
-//!  open(file, format) ─► inspect ─► check ─► convert ─► Source: BlockRead (a sparse raw file, gone when dropped)
-//!                        every file of the chain        by qemu-img, as an unprivileged user, under limits
-//!  export(disk, file, format) ─► sparse raw file ─► convert ─► file
+//!  open(file, format) ─┬─ raw ─────────────────────────────► as it is, with its holes
+//!                      ├─ vhdx ─► chain verified ──────────► as it is (`vhdx`)
+//!                      └─ qcow2, vmdk ─► inspect ─► check ─► convert ─► a sparse raw file, gone when dropped
+//!                                        every file of the chain        by qemu-img, as an unprivileged user, under limits
+//!  export(disk, file, format) ─┬─ raw, vhdx ─► file: what is not zeros, or differs from the parent (`copy`)
+//!                              └─ qcow2, vmdk ─► sparse raw file ─► convert ─► file
 //! ```
 //!
 //! Invariants
@@ -15,8 +18,9 @@
 //! * Temporary files live in a directory of this module's own and do not survive it: removed on drop, and at the next
 //!   start after a crash.
 //!
-//! Not here: what becomes of the bytes (`store`), the command line.
+//! Not here: what becomes of the bytes (`store`, `volume`), the command line.
 
+mod copy;
 mod export;
 mod inspect;
 mod run;
@@ -26,11 +30,14 @@ mod work;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::block_dev::BlockRead;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::vhdx::VhdxDisk;
 
-pub use source::Source;
+pub use copy::each_data;
+use source::Source;
 
 /// A file format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +46,7 @@ pub enum Format {
     Raw,
     /// QEMU's, also compressed and with backing files.
     Qcow2,
-    /// Hyper-V's; differencing files are not read.
+    /// Hyper-V's, also lying on others.
     Vhdx,
     /// VMware's, in one file.
     Vmdk,
@@ -135,36 +142,82 @@ impl Converter {
         Ok(Self { config })
     }
 
-    /// Opens a disk image. A raw file is read as it is; others are converted into a temporary file first.
+    /// Opens a disk image. Raw and VHDX files are read as they are; others are converted into a temporary file first.
     ///
     /// `InvalidInput`: not of that format, or it names files that it may not. `Corrupt`: cut off or damaged.
-    /// `NoSpace`: no room in the work directory. `Missing`: no qemu-img.
-    pub fn open(&self, file: &Path, format: Option<Format>, progress: Progress<'_>) -> Result<Source> {
+    /// `Refused`: a parent is not what it was when its child was made. `NoSpace`: no room in the work directory.
+    /// `Missing`: no qemu-img.
+    pub fn open(
+        &self,
+        file: &Path,
+        format: Option<Format>,
+        progress: Progress<'_>,
+    ) -> Result<Arc<dyn BlockRead>> {
         let stated = format.is_some();
         let format = match format {
             Some(format) => format,
             None => Format::of_extension(file)?,
         };
-        if format == Format::Raw {
-            let source = Source::open_raw(file)?;
-            if !stated {
-                inspect::refuse_foreign_magic(file, &source)?;
+        match format {
+            Format::Raw => {
+                let source = Source::open_raw(file)?;
+                if !stated {
+                    inspect::refuse_foreign_magic(file, &source)?;
+                }
+                Ok(Arc::new(source))
             }
-            return Ok(source);
+            Format::Vhdx => Ok(Arc::new(self.open_vhdx(file)?)),
+            Format::Qcow2 | Format::Vmdk => {
+                let chain = inspect::chain(&self.config, file, format)?;
+                Ok(Arc::new(source::convert(&self.config, &chain, progress)?))
+            }
         }
-        let chain = inspect::chain(&self.config, file, format)?;
-        source::convert(&self.config, &chain, progress)
     }
 
-    /// Writes `disk` into the new file `to`.
+    /// Opens a VHDX file with everything it lies on.
+    fn open_vhdx(&self, file: &Path) -> Result<VhdxDisk> {
+        let path = file.canonicalize().with_context(|| format!("read {}", file.display()))?;
+        VhdxDisk::open(&path, &inspect::Parents { config: &self.config })
+    }
+
+    /// Writes `disk` into the new file `to`, which appears whole or not at all.
+    ///
+    /// `InvalidInput`: another format than VHDX with a parent. `AlreadyExists`: there is such a file. `NoSpace`: no room
+    /// beside it or in the work directory. What `progress` fails with.
     pub fn export(
         &self,
         disk: &dyn BlockRead,
         to: &Path,
-        format: Format,
+        what: &ExportAs,
         progress: Progress<'_>,
     ) -> Result<()> {
-        export::export(&self.config, disk, to, format, progress)
+        let parent = match (&what.parent, what.format) {
+            (None, _) => None,
+            (Some(parent), Format::Vhdx) => Some(self.open_vhdx(parent)?),
+            (Some(_), other) => {
+                let why = format!("export to {}: a {other} file is not written over a parent", to.display());
+                return Err(Error::new(ErrorKind::InvalidInput, why).hint("--format vhdx"));
+            }
+        };
+        export::export(&self.config, disk, to, what, parent.as_ref(), progress)
+    }
+}
+
+/// What to write.
+#[derive(Clone, Debug)]
+pub struct ExportAs {
+    /// The format.
+    pub format: Format,
+    /// The disk's identity, where the format has one; random if there is none.
+    pub disk_id: Option<uuid::Uuid>,
+    /// A VHDX file of the same size: only what differs from it is written, and the new file lies on it.
+    pub parent: Option<PathBuf>,
+}
+
+impl ExportAs {
+    /// A whole file of this format.
+    pub fn whole(format: Format) -> Self {
+        Self { format, disk_id: None, parent: None }
     }
 }
 

@@ -62,6 +62,9 @@ pub enum VolumeCommand {
         /// raw, qcow2, vhdx or vmdk; from the extension if not given.
         #[arg(long, value_name = "F")]
         format: Option<String>,
+        /// A vhdx file of the same size: write only what differs from it, as a vhdx file that lies on it.
+        #[arg(long, value_name = "FILE")]
+        parent: Option<PathBuf>,
         /// Print the task and return at once.
         #[arg(long)]
         no_wait: bool,
@@ -138,8 +141,9 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             let started: TaskStarted = client.post("/v1/volumes/import", &body).await?;
             wait_for(context, &started, no_wait).await
         }
-        VolumeCommand::Export { name, file, format, no_wait } => {
-            let body = Export { file: absolute(&file)?, format };
+        VolumeCommand::Export { name, file, format, parent, no_wait } => {
+            let parent = parent.as_deref().map(absolute).transpose()?;
+            let body = Export { file: absolute(&file)?, format, parent };
             let started: TaskStarted = client.post(&format!("/v1/volumes/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await
         }

@@ -1,7 +1,7 @@
 //! What an image says about other files, before any program follows it.
 //!
 //! The headers of qcow2 and VMDK are read here, because merely opening such a file with qemu-img may open what it
-//! names. A chain is a list of open files, each with its stated format.
+//! names. VHDX files are read by `vhdx`, which asks here where their parents may be. A chain is a list of open files, each with its stated format.
 //!
 //! Not here: whether the content is sound (`source` asks `qemu-img check`).
 
@@ -11,11 +11,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use whimbrel_engine::disk::vhdx::ParentPath;
 
 use super::run::fd_path;
 use super::work::WorkDir;
 use super::{ConvertConfig, Format, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::vhdx::FindParent;
 
 const DEPTH_MAX: usize = 16;
 const NAME_LEN_MAX: u32 = 1023;
@@ -97,7 +99,8 @@ pub(super) fn chain(config: &ConvertConfig, file: &Path, format: Format) -> Resu
         let names = match format {
             Format::Qcow2 => qcow2_names(&path, &file)?,
             Format::Vmdk => vmdk_names(&path, &file)?,
-            Format::Raw | Format::Vhdx => Names::default(),
+            Format::Raw => Names::default(),
+            Format::Vhdx => return Err(mixed(&path)),
         };
         let allowed = |name: &str, role: &str| resolve(config, &path, name, role);
         let data_file = match &names.data_file {
@@ -135,18 +138,35 @@ fn resolve(config: &ConvertConfig, path: &Path, name: &str, role: &str) -> Resul
     }
     let Some(allowed) = &config.backing_dir else {
         let error = refuse("is refused: no directory for such files is configured");
-        return Err(
-            error.hint("flatten it (qemu-img convert), or allow the directory in the agent's configuration")
-        );
+        return Err(error.hint(
+            "make one file of them with the tool that made them, or allow their directory in the agent's configuration: \
+             backing_dir",
+        ));
     };
     let allowed = allowed.canonicalize().with_context(|| format!("read {}", allowed.display()))?;
     let joined = path.parent().unwrap_or(Path::new("/")).join(name);
     let target = joined.canonicalize().map_err(|error| refuse(&format!("cannot be found ({error})")))?;
     if !target.starts_with(&allowed) {
         let error = refuse(&format!("is outside the allowed directory {}", allowed.display()));
-        return Err(error.hint("flatten it with qemu-img convert first"));
+        return Err(error.hint("move it there, or make one file of them with the tool that made them"));
     }
     Ok(target)
+}
+
+/// Where parents of VHDX files are looked for.
+pub(super) struct Parents<'a> {
+    pub(super) config: &'a ConvertConfig,
+}
+
+impl FindParent for Parents<'_> {
+    fn open(&self, path: &Path) -> Result<File> {
+        open_regular(path)
+    }
+
+    fn find(&self, child: &Path, name: &ParentPath) -> Result<PathBuf> {
+        let (ParentPath::Relative(name) | ParentPath::Beside(name)) = name;
+        resolve(self.config, child, name, "parent")
+    }
 }
 
 /// Opens a file that must be a regular one at exactly `path`, which has no symbolic links in it.
@@ -211,6 +231,12 @@ pub(super) fn refuse_foreign_magic(path: &Path, source: &Source) -> Result<()> {
         .hint(format!("state what it is: --format {format}, or --format raw if it is meant as it is"))),
         None => Ok(()),
     }
+}
+
+/// A chain of one format that lies on a VHDX file.
+fn mixed(path: &Path) -> Error {
+    let why = format!("read {}: a vhdx file under a file of another format is not read", path.display());
+    Error::new(ErrorKind::Unsupported, why).hint("make one file of them: qemu-img convert -O qcow2")
 }
 
 fn not_a(path: &Path, format: Format, why: &str) -> Error {

@@ -22,7 +22,7 @@ const SLACK_BYTES: u64 = 1 << 20;
 /// The bytes of a disk image: a raw file, with its holes. Behind the file's end, up to the next multiple of 512, it reads
 /// as zeros.
 #[derive(Debug)]
-pub struct Source {
+pub(super) struct Source {
     file: File,
     name: String,
     file_bytes: u64,

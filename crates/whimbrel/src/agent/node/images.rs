@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use whimbrel_host::records;
-use whimbrel_host::volume::{export_file, format_of, open_file};
+use whimbrel_host::volume::{export_as, export_file, format_of, open_file};
 use whimbrel_host::{Error, ErrorKind, Result};
 use whimbrel_wire::ImageRef;
 use whimbrel_wire::api::{Export, Image, ImagePublish, TaskKind, TaskStarted};
@@ -102,7 +102,7 @@ impl Node {
     pub async fn image_export(&self, image: &ImageRef, request: Export) -> Result<TaskStarted> {
         let record = self.store.resolve(image).await?;
         let file = PathBuf::from(&request.file);
-        let format = format_of(&file, request.format.as_deref())?;
+        let what = export_as(&file, &request)?;
         let task = self.tasks.start(TaskKind::Export, format!("image {image}"));
         let started = TaskStarted { task: task.id(), host: self.host.clone() };
         let (store, convert, task) = (Arc::clone(&self.store), Arc::clone(&self.convert), Arc::new(task));
@@ -110,7 +110,7 @@ impl Node {
             let result = async {
                 let parent = super::parent_of(&record);
                 let source = store.open_image(&parent).await?;
-                export_file(convert, source, file, format, &task).await
+                export_file(convert, source, file, what, &task).await
             };
             let result = result.await;
             task.end(&result);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use whimbrel_host::records;
-use whimbrel_host::volume::format_of;
+use whimbrel_host::volume::export_as;
 use whimbrel_host::{Error, ErrorKind, Result};
 use whimbrel_wire::Name;
 use whimbrel_wire::api::{
@@ -57,13 +57,13 @@ impl Node {
     pub async fn volume_export(&self, name: &Name, request: Export) -> Result<TaskStarted> {
         let record = self.volume_record(name).await?;
         self.refuse_elsewhere(&record)?;
-        let file = PathBuf::from(request.file);
-        let format = format_of(&file, request.format.as_deref())?;
+        let file = PathBuf::from(&request.file);
+        let what = export_as(&file, &request)?;
         let task = self.tasks.start(TaskKind::Export, format!("volume {name}"));
         let started = TaskStarted { task: task.id(), host: self.host.clone() };
         let (volumes, convert, task) = (self.volumes.clone(), Arc::clone(&self.convert), Arc::new(task));
         tokio::spawn(async move {
-            let result = volumes.export(&record, file, format, convert, &task).await;
+            let result = volumes.export(&record, file, what, convert, &task).await;
             task.end(&result);
         });
         Ok(started)
