@@ -11,6 +11,7 @@
 
 mod adopt;
 mod errors;
+mod formats;
 mod kill;
 mod memory;
 mod nbd;

@@ -65,6 +65,9 @@ impl Purpose {
                 ("python3-libnbd", Some("nbdsh")),
                 ("fio", Some("fio")),
                 ("openssl", Some("openssl")),
+                ("qemu-utils", Some("qemu-img")),
+                ("libvhdi-utils", Some("vhdiinfo")),
+                ("python3-libvhdi", None),
             ],
             Purpose::BenchMigrate => &[("openssl", Some("openssl")), ("ethtool", Some("ethtool"))],
             Purpose::BenchBlock => {

@@ -31,3 +31,5 @@ pub use write::{NewDisk, NewParent, Writer};
 mod fuzz;
 #[cfg(test)]
 mod test;
+#[cfg(test)]
+mod test_peers;

@@ -14,6 +14,7 @@ use crate::record::image::{
     encode_pack_tail,
 };
 use crate::record::layer::{header, log, runs, ship};
+use crate::record::vhdx;
 use crate::{api, meta, nbd, size};
 
 /// Reads a value of type `T`; one that can be read can be written, and reads back as itself.
@@ -99,6 +100,32 @@ fn layer_header() -> header::Header {
         state: header::State::Receiving(ship::ShipPosition::START),
         clean_end: Some(log::LogPoint::START),
         checkpoint: None,
+    }
+}
+
+fn vhdx_header() -> vhdx::Header {
+    vhdx::Header {
+        sequence: 1,
+        file_write_id: uuid::Uuid::from_u128(1),
+        data_write_id: uuid::Uuid::from_u128(2),
+        log_id: uuid::Uuid::from_u128(3),
+        log_version: 0,
+        version: 1,
+        log_bytes: 1 << 20,
+        log_offset: 1 << 20,
+    }
+}
+
+fn vhdx_entry() -> vhdx::EntryHeader {
+    vhdx::EntryHeader {
+        checksum: 0,
+        bytes: 0,
+        tail: 0,
+        sequence: 5,
+        descriptors: 0,
+        log_id: uuid::Uuid::from_u128(3),
+        flushed_file_offset: 0,
+        last_file_offset: 0,
     }
 }
 
@@ -283,6 +310,57 @@ fuzz! {
                 let whole = |f: &ship::ShipFrame<'_>| f.payload.is_none_or(|p| p.len() as u64 == f.length_bytes);
                 assert!(chunk.frames.iter().all(whole));
             }
+        }
+    }
+
+    /// Records of VHDX files, their checksums put right.
+    fn vhdx_records(bytes) seeds [
+        vhdx_header().encode(),
+        vhdx::RegionTable { entries: vec![vhdx::RegionEntry {
+            id: vhdx::RegionTable::BAT, offset: 3 << 20, bytes: 1 << 20, required: true,
+        }] }.encode().get(..100).unwrap_or_default(),
+        vhdx::MetadataTable { entries: vec![vhdx::MetadataEntry {
+            id: vhdx::metadata::item::FILE_PARAMETERS, offset: 65536, bytes: 8, is_user: false, is_virtual_disk: false,
+            required: true,
+        }] }.encode().get(..100).unwrap_or_default(),
+        vhdx::ParentLocator {
+            kind: vhdx::ParentLocator::VHDX,
+            pairs: vec![
+                (vhdx::ParentLocator::LINKAGE.into(), vhdx::ParentLocator::braced(uuid::Uuid::from_u128(1))),
+                (vhdx::ParentLocator::RELATIVE_PATH.into(), ".\\base.vhdx".into()),
+            ],
+        }.encode(),
+        vhdx::log::encode_entry(&vhdx_entry(), &[vhdx::log::Change::Zero(0, 4096)]),
+    ] {
+        let mut table = bytes.to_vec();
+        table.resize(vhdx::TABLE_LEN, 0);
+        for mend in [false, true] {
+            let crc = |b: &[u8]| crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&b[..4]), &[0; 4]), &b[8..]);
+            let header = if mend { with_crc(&table[..4096], 4, crc) } else { table[..4096].to_vec() };
+            if let Ok(read) = vhdx::Header::decode(&header) {
+                assert_eq!(vhdx::Header::decode(&read.encode()).expect("it was read before"), read);
+            }
+            let regions = if mend { with_crc(&table, 4, crc) } else { table.clone() };
+            if let Ok(read) = vhdx::RegionTable::decode(&regions) {
+                assert_eq!(vhdx::RegionTable::decode(&read.encode()).expect("it was read before"), read);
+            }
+        }
+        if let Ok(read) = vhdx::MetadataTable::decode(&table) {
+            assert_eq!(vhdx::MetadataTable::decode(&read.encode()).expect("it was read before"), read);
+        }
+        if let Ok(read) = vhdx::ParentLocator::decode(bytes) {
+            assert_eq!(vhdx::ParentLocator::decode(&read.encode()).expect("it was read before"), read);
+            let _ = read.guid(vhdx::ParentLocator::LINKAGE);
+        }
+        let _ = vhdx::FileParameters::decode(bytes);
+        if let Ok(header) = vhdx::EntryHeader::decode(bytes) {
+            assert!(header.descriptor_sectors() * 4096 <= u64::from(header.bytes));
+            for number in 0..header.descriptor_sectors().min(3) {
+                for descriptor in header.descriptors_in(number, rest(bytes, number as usize * 4096)) {
+                    let _ = vhdx::Descriptor::decode(descriptor, header.sequence);
+                }
+            }
+            let _ = vhdx::log::check_data_sector(bytes, header.sequence);
         }
     }
 

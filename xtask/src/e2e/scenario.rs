@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
-use super::{Context, IMAGE, Scenario, adopt, errors, kill, memory, nbd, no_space, on_demand, swarm};
+use super::{
+    Context, IMAGE, Scenario, adopt, errors, formats, kill, memory, nbd, no_space, on_demand, swarm,
+};
 use crate::cmd::output;
 use crate::flight::Flight;
 use crate::qemu::Version;
@@ -13,10 +15,10 @@ use crate::qmp::Qmp;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
-pub const ANY_VERSION: [&str; 2] = ["eight hosts boot", "an agent's memory"];
+pub const ANY_VERSION: [&str; 3] = ["eight hosts boot", "an agent's memory", "formats of others"];
 
 /// In the order they run.
-pub const ALL: [Scenario; 20] = [
+pub const ALL: [Scenario; 21] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -35,6 +37,7 @@ pub const ALL: [Scenario; 20] = [
     ("an agent's memory stays within its limits", memory::agent_memory),
     ("a guest whose host has no space waits for it", no_space::a_guest_waits_for_space),
     ("an attached volume passes what NBD's other programs ask of it", nbd::peers_tools_agree),
+    ("disks go out and come back in the formats of others", formats::in_and_out),
     ("what goes wrong around a VM is told and leaves it alone", errors::errors_leave_the_vm_alone),
     ("mistakes are answered with what, where and what to do", mistakes),
 ];

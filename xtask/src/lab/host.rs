@@ -111,11 +111,13 @@ impl Host {
 
     fn config(&self, qemu: &Qemu) -> String {
         let dir = self.dir.display();
+        // Where files may be that lie under others.
+        let disks = self.dir.parent().unwrap_or(&self.dir).display();
         // In a user namespace of one user there is nobody else to run as.
         let vm_user = if super::one_user_only() { "root" } else { "nobody" };
         format!(
             "name = \"{}\"\ndata_dir = \"{dir}/data\"\nrun_dir = \"{dir}/run\"\nmemory_dir = \"{dir}/memory\"\n\
-             listen = \"{}\"\nadvertise = [\"{}\"]\nqemu = \"{}\"\nvm_user = \"{vm_user}\"\n",
+             backing_dir = \"{disks}\"\nlisten = \"{}\"\nadvertise = [\"{}\"]\nqemu = \"{}\"\nvm_user = \"{vm_user}\"\n",
             self.name,
             self.peer_address,
             self.peer_address,

@@ -110,7 +110,8 @@ pub fn regions(table: &RegionTable, header: &Header) -> Result<Regions, WireErro
     for entry in &table.entries {
         let place = Extent { offset: entry.offset, bytes: u64::from(entry.bytes) };
         let whole = place.offset.is_multiple_of(MIB) && place.bytes.is_multiple_of(MIB);
-        if !whole || place.offset < MIB || place.bytes == 0 || place.offset.checked_add(place.bytes).is_none() {
+        if !whole || place.offset < MIB || place.bytes == 0 || place.offset.checked_add(place.bytes).is_none()
+        {
             return Err(corrupt(format!(
                 "region {} has {} bytes at {}",
                 entry.id, place.bytes, place.offset
@@ -197,7 +198,8 @@ pub fn items(table: &MetadataTable, region: Extent) -> Result<Items, WireError> 
         }
     }
     let [parameters, size, logical, physical, id, parent] = found;
-    let must = |item: Option<Extent>, name: &str| item.ok_or_else(|| corrupt(format!("it does not say its {name}")));
+    let must =
+        |item: Option<Extent>, name: &str| item.ok_or_else(|| corrupt(format!("it does not say its {name}")));
     Ok(Items {
         file_parameters: must(parameters, "block size")?,
         virtual_disk_size: must(size, "disk's size")?,

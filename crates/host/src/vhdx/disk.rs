@@ -42,7 +42,8 @@ impl VhdxDisk {
         let mut next = Some(path.to_owned());
         while let Some(path) = next.take() {
             let refuse = |why: String| {
-                let first = files.first().map_or_else(|| path.display().to_string(), |file| file.name().to_owned());
+                let first =
+                    files.first().map_or_else(|| path.display().to_string(), |file| file.name().to_owned());
                 Err(Error::new(ErrorKind::InvalidInput, format!("read {first}: {why}")))
             };
             if paths.contains(&path) {
@@ -59,7 +60,10 @@ impl VhdxDisk {
                 let mut found = linkage.paths.iter().map(|name| finder.find(&path, name));
                 // The first name is the best one, and so is what is wrong with it.
                 let first = found.next().unwrap_or_else(|| {
-                    Err(Error::new(ErrorKind::Corrupt, format!("read {}: its parent has no name", path.display())))
+                    Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!("read {}: its parent has no name", path.display()),
+                    ))
                 });
                 next = Some(first.or_else(|error| found.find_map(Result::ok).ok_or(error))?);
             }

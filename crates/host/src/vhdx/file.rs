@@ -7,8 +7,8 @@ use whimbrel_engine::disk::vhdx::{
     Extent as Place, Geometry, Linkage, Member, Regions, current, items, linkage, regions,
 };
 use whimbrel_wire::record::vhdx::{
-    BatEntry, BitmapState, FileParameters, Header, IDENTIFIER, MIB, MetadataTable, ParentLocator, PayloadState,
-    RegionTable, TABLE_LEN, Uuid,
+    BatEntry, BitmapState, FileParameters, Header, IDENTIFIER, MIB, MetadataTable, ParentLocator,
+    PayloadState, RegionTable, TABLE_LEN, Uuid,
 };
 
 use super::replay::Replayed;
@@ -39,7 +39,10 @@ pub(super) enum Block {
     /// In this file from here on.
     Here(u64),
     /// In this file from `data` on, as far as the bits of the bitmap at `bits` are set; the parent's otherwise.
-    Partial { data: u64, bits: u64 },
+    Partial {
+        data: u64,
+        bits: u64,
+    },
 }
 
 impl VhdxFile {
@@ -80,7 +83,9 @@ impl VhdxFile {
         let number = |place: Place, length: usize, name: &str| -> Result<u64> {
             let bytes = item(place)?;
             if bytes.len() != length {
-                return Err(content.corrupt(format!("its {name} has {} bytes instead of {length}", bytes.len())));
+                return Err(
+                    content.corrupt(format!("its {name} has {} bytes instead of {length}", bytes.len()))
+                );
             }
             let mut number = [0; 8];
             number.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
@@ -135,13 +140,17 @@ impl VhdxFile {
         let entries = self.geometry.bat_entries();
         if entries * BatEntry::LEN > self.bat.bytes {
             let has = self.bat.bytes / BatEntry::LEN;
-            return Err(self.content.corrupt(format!("its table has {has} blocks, the disk needs {entries}")));
+            return Err(self
+                .content
+                .corrupt(format!("its table has {has} blocks, the disk needs {entries}")));
         }
         let mut used = Used::new(self.content.bytes());
         for place in &regions.taken {
             if !used.inside(*place) {
                 let (offset, bytes) = (place.offset, place.bytes);
-                return Err(self.content.corrupt(format!("it is cut off: {bytes} bytes at {offset} are missing")));
+                return Err(self
+                    .content
+                    .corrupt(format!("it is cut off: {bytes} bytes at {offset} are missing")));
             }
             used.take(*place);
         }
@@ -166,7 +175,9 @@ impl VhdxFile {
             Slot::Payload(block) if block < self.geometry.payload_blocks() => {
                 let state = value.payload().with_what(what)?;
                 if state == PayloadState::Partial && !self.geometry.is_differencing() {
-                    return Err(self.content.corrupt(format!("block {block} is a part of one, and there is no parent")));
+                    return Err(self
+                        .content
+                        .corrupt(format!("block {block} is a part of one, and there is no parent")));
                 }
                 *partial |= state == PayloadState::Partial;
                 if !matches!(state, PayloadState::Full | PayloadState::Partial) {
@@ -194,7 +205,9 @@ impl VhdxFile {
             )));
         }
         if !used.take(place) {
-            return Err(self.content.corrupt(format!("block {number} at {} lies over something else", place.offset)));
+            return Err(self
+                .content
+                .corrupt(format!("block {number} at {} lies over something else", place.offset)));
         }
         Ok(())
     }

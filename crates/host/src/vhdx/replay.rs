@@ -59,7 +59,9 @@ impl Replayed {
     pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let end = offset.checked_add(into.len() as u64).filter(|end| *end <= self.bytes);
         if end.is_none() {
-            return Err(self.corrupt(format!("it is cut off: it has {} bytes, and {offset} is needed", self.bytes)));
+            return Err(
+                self.corrupt(format!("it is cut off: it has {} bytes, and {offset} is needed", self.bytes))
+            );
         }
         self.overlay.read(offset, into, &|at, part| self.read_file(at, part))
     }
@@ -105,7 +107,8 @@ impl Replayed {
             return Err(self.corrupt("it is cut off within its log"));
         }
         let whole = ring.entries()?;
-        let entries: BTreeMap<u32, Entry> = whole.iter().map(|(at, header)| (*at, entry_of(header))).collect();
+        let entries: BTreeMap<u32, Entry> =
+            whole.iter().map(|(at, header)| (*at, entry_of(header))).collect();
         let places = active(&entries, header.log_bytes).unwrap_or_default();
         let Some(head) = places.last().and_then(|place| whole.get(place)) else {
             return Err(self.corrupt("its log has to be replayed and is damaged: no entry of it is whole"));
@@ -231,7 +234,11 @@ impl Ring<'_> {
 enum What {
     Zeros,
     /// A data sector of the log, which stands in the file at `at`, with its ends put right.
-    Logged { at: u64, leading: [u8; 8], trailing: [u8; 4] },
+    Logged {
+        at: u64,
+        leading: [u8; 8],
+        trailing: [u8; 4],
+    },
 }
 
 /// What lies over the file: ranges in whole sectors, none over another.
@@ -268,12 +275,7 @@ impl Overlay {
     }
 
     /// Reads from `file` through what lies over it.
-    fn read(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        file: &dyn Fn(u64, &mut [u8]) -> Result<()>,
-    ) -> Result<()> {
+    fn read(&self, offset: u64, into: &mut [u8], file: &dyn Fn(u64, &mut [u8]) -> Result<()>) -> Result<()> {
         let mut at = offset;
         let mut rest = into;
         while !rest.is_empty() {

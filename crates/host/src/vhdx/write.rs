@@ -226,7 +226,8 @@ impl<'a> Writer<'a> {
             self.block = Some((block, 0));
         }
         let sectors = length / geometry.sector_bytes();
-        if let (Some((_, here)), Some(chunk), true) = (&mut self.block, &mut self.chunk, geometry.is_differencing())
+        if let (Some((_, here)), Some(chunk), true) =
+            (&mut self.block, &mut self.chunk, geometry.is_differencing())
         {
             *here += sectors;
             let first = geometry.bit_of(offset);

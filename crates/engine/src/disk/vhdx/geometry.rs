@@ -42,9 +42,13 @@ impl Geometry {
             return corrupt(format!("sectors of {sector_bytes} bytes (512 and 4096 are possible)"));
         }
         if !BLOCK_BYTES.contains(&block_bytes) || !block_bytes.is_power_of_two() {
-            return corrupt(format!("blocks of {block_bytes} bytes (1 to 256 MiB, a power of two, are possible)"));
+            return corrupt(format!(
+                "blocks of {block_bytes} bytes (1 to 256 MiB, a power of two, are possible)"
+            ));
         }
-        if size_bytes == 0 || size_bytes > DISK_BYTES_MAX || !size_bytes.is_multiple_of(u64::from(sector_bytes))
+        if size_bytes == 0
+            || size_bytes > DISK_BYTES_MAX
+            || !size_bytes.is_multiple_of(u64::from(sector_bytes))
         {
             return corrupt(format!(
                 "a disk of {size_bytes} bytes (up to 64 TiB in sectors of {sector_bytes} are possible)"

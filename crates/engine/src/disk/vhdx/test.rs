@@ -126,7 +126,8 @@ fn locator(pairs: &[(&str, &str)]) -> ParentLocator {
     ParentLocator { kind: ParentLocator::VHDX, pairs }
 }
 
-const CHILD: FileParameters = FileParameters { block_bytes: 1 << 20, leave_allocated: false, has_parent: true };
+const CHILD: FileParameters =
+    FileParameters { block_bytes: 1 << 20, leave_allocated: false, has_parent: true };
 
 #[test]
 fn a_childs_words_about_its_parent_are_taken_in_order() {

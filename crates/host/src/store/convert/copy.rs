@@ -71,7 +71,8 @@ pub(super) fn each_difference(
             }
         }
         let length = (size - at).min(PIECE_BYTES) as usize;
-        let (own, below) = (own.get_mut(..length).unwrap_or_default(), below.get_mut(..length).unwrap_or_default());
+        let (own, below) =
+            (own.get_mut(..length).unwrap_or_default(), below.get_mut(..length).unwrap_or_default());
         disk.read(at, &mut [IoSliceMut::new(own)])?;
         parent.read(at, &mut [IoSliceMut::new(below)])?;
         let differs = |from: usize, to: usize| own.get(from..to) != below.get(from..to);

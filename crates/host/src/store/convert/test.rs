@@ -211,6 +211,74 @@ fn names_in_an_image_that_lead_elsewhere_are_refused() {
 }
 
 #[test]
+fn vhdx_files_are_written_over_others_and_read_through_them_where_that_is_allowed() {
+    let bench = Bench::new();
+    let mut bytes = bench.raw("disk.raw");
+    let disk = bench.open("disk.raw", None).unwrap();
+    let quiet: Progress<'_> = &mut |_, _| Ok(());
+    let id = uuid::Uuid::from_u128(7);
+    let base = ExportAs { disk_id: Some(id), ..ExportAs::whole(Format::Vhdx) };
+    bench.converter.export(&*disk, &bench.image("base.vhdx"), &base, quiet).unwrap();
+    // Data over data, over nothing, and zeros over data.
+    bytes[100..5000].fill(0x33);
+    bytes[9 * MIB..9 * MIB + 700].fill(0x44);
+    bytes[MIB / 2..MIB].fill(0);
+    std::fs::write(bench.image("changed.raw"), &bytes).unwrap();
+    let changed = bench.open("changed.raw", None).unwrap();
+    std::fs::create_dir(bench.image("sub")).unwrap();
+    let child = bench.image("sub/child.vhdx");
+    let over =
+        |format, parent: &str| ExportAs { parent: Some(bench.image(parent)), ..ExportAs::whole(format) };
+    bench.converter.export(&*changed, &child, &over(Format::Vhdx, "base.vhdx"), quiet).unwrap();
+    assert!(all(&*bench.open("sub/child.vhdx", None).unwrap()) == bytes);
+    let opened = bench.converter.open_vhdx(&child).unwrap();
+    assert!(opened.files().iter().all(|file| file.disk_id() == Some(id)), "one identity");
+    let taken: u64 = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&child).unwrap()) * 512;
+    assert!(taken < 512 << 10, "what changed takes {taken} bytes");
+    // A chain of three: nothing changed, nothing is written.
+    let same = bench.image("same.vhdx");
+    bench.converter.export(&*changed, &same, &over(Format::Vhdx, "sub/child.vhdx"), quiet).unwrap();
+    assert_eq!(bench.converter.open_vhdx(&same).unwrap().files().len(), 3);
+    assert!(all(&*bench.open("same.vhdx", None).unwrap()) == bytes);
+    // Another format, another size, no directory for parents, a parent outside of it.
+    let to = bench.image("no.vhdx");
+    let error = bench.converter.export(&*changed, &to, &over(Format::Raw, "base.vhdx"), quiet).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    std::fs::write(bench.image("small.raw"), [1; 512]).unwrap();
+    let small = bench.open("small.raw", None).unwrap();
+    let error = bench.converter.export(&*small, &to, &over(Format::Vhdx, "base.vhdx"), quiet).unwrap_err();
+    assert!(error.to_string().contains("16777216"), "{error}");
+    assert!(!to.exists() && bench.work_is_empty());
+    let bare = Converter::new(ConvertConfig::new(&bench.dir.path().join("work"))).unwrap();
+    let error = error_of(bare.open(&child, None, quiet));
+    assert!(error.to_string().contains("no directory"), "{error}");
+    assert!(bare.open(&bench.image("base.vhdx"), None, quiet).is_ok());
+    std::fs::rename(bench.image("base.vhdx"), bench.dir.path().join("base.vhdx")).unwrap();
+    std::os::unix::fs::symlink(bench.dir.path().join("base.vhdx"), bench.image("base.vhdx")).unwrap();
+    assert!(
+        error_of(bench.open("sub/child.vhdx", None)).to_string().contains("outside the allowed directory")
+    );
+}
+
+#[test]
+fn an_export_that_is_cancelled_leaves_nothing() {
+    let bench = Bench::new();
+    bench.raw("disk.raw");
+    let disk = bench.open("disk.raw", None).unwrap();
+    for format in Format::ALL {
+        let to = bench.image(&format!("out.{format}"));
+        let mut left = 3;
+        let cancel = bench.converter.export(&*disk, &to, &ExportAs::whole(format), &mut |_, _| {
+            left -= 1;
+            if left > 0 { Ok(()) } else { Err(Error::new(ErrorKind::Cancelled, "stop")) }
+        });
+        assert_eq!(cancel.unwrap_err().kind(), ErrorKind::Cancelled, "{format}");
+    }
+    assert_eq!(std::fs::read_dir(bench.image("")).unwrap().count(), 1, "nothing partial is left");
+    assert!(bench.work_is_empty());
+}
+
+#[test]
 fn files_that_are_cut_off_or_damaged_or_mislabelled_fail_with_words_that_help() {
     let bench = Bench::new();
     bench.raw("disk.raw");
@@ -238,11 +306,7 @@ fn files_that_are_cut_off_or_damaged_or_mislabelled_fail_with_words_that_help() 
         }
         // Another format than stated.
         let error = bench.refusal("disk.raw", format);
-        assert_eq!(
-            error.kind(),
-            if format == Format::Vhdx { error.kind() } else { ErrorKind::InvalidInput },
-            "{error}"
-        );
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
     }
     std::fs::copy(bench.image("whole.qcow2"), bench.image("cloud.img")).unwrap();
     let error = error_of(bench.open("cloud.img", None));

@@ -84,7 +84,11 @@ impl EntryHeader {
     }
 
     /// The bytes of the descriptors that stand in descriptor sector `number`, one after the other.
-    pub fn descriptors_in<'a>(&self, number: u64, sector: &'a [u8]) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    pub fn descriptors_in<'a>(
+        &self,
+        number: u64,
+        sector: &'a [u8],
+    ) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         let per_sector = (SECTOR_LEN / DESCRIPTOR_LEN) as u64;
         let head = (HEAD_LEN / DESCRIPTOR_LEN) as u64;
         let first = if number == 0 { head } else { 0 };

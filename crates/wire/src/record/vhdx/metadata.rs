@@ -258,10 +258,7 @@ mod test {
             required,
         };
         let table = MetadataTable {
-            entries: vec![
-                entry(item::FILE_PARAMETERS, false, true),
-                entry(Uuid::from_u128(7), true, false),
-            ],
+            entries: vec![entry(item::FILE_PARAMETERS, false, true), entry(Uuid::from_u128(7), true, false)],
         };
         let good = table.encode();
         assert_eq!(MetadataTable::decode(&good).unwrap(), table);
