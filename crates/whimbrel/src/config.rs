@@ -37,7 +37,7 @@ pub struct Config {
     pub qemu: String,
     /// The unprivileged user that VMs and image converters run as; `nobody` if this one does not exist.
     pub vm_user: String,
-    /// The one directory in which backing files of published images may lie; none if empty.
+    /// The one directory in which files may be that published or imported images lie on; none if empty.
     pub backing_dir: PathBuf,
     /// A block fetched from a peer is kept after this many fetches.
     pub keep_after_fetches: u32,

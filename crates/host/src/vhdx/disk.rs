@@ -2,6 +2,7 @@
 
 use std::io::IoSliceMut;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use whimbrel_engine::disk::vhdx::{CHAIN_MAX, ParentPath, check_link};
 
@@ -25,10 +26,12 @@ pub trait FindParent {
 }
 
 /// See the module's charter.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct VhdxDisk {
-    /// The uppermost first; never empty.
-    files: Vec<VhdxFile>,
+    /// The uppermost first.
+    files: Arc<[VhdxFile]>,
+    /// The one that this disk is seen from; there is one of that number.
+    top: usize,
 }
 
 impl VhdxDisk {
@@ -70,17 +73,23 @@ impl VhdxDisk {
             paths.push(path);
             files.push(file);
         }
-        Ok(Self { files })
+        Ok(Self { files: files.into(), top: 0 })
     }
 
     /// The files, uppermost first.
     pub fn files(&self) -> &[VhdxFile] {
-        &self.files
+        self.files.get(self.top..).unwrap_or_default()
     }
 
     /// The uppermost file.
     pub fn top(&self) -> Option<&VhdxFile> {
-        self.files.first()
+        self.files().first()
+    }
+
+    /// The disk as each of the files has it, the lowest first, this one last.
+    pub fn levels(&self) -> impl Iterator<Item = Self> + use<> {
+        let files = Arc::clone(&self.files);
+        (self.top..files.len()).rev().map(move |top| Self { files: Arc::clone(&files), top })
     }
 
     fn fill(&self, level: usize, offset: u64, into: &mut [u8]) -> Result<()> {
@@ -157,7 +166,7 @@ impl BlockRead for VhdxDisk {
         }
         let mut at = offset;
         for slice in into {
-            self.fill(0, at, slice)?;
+            self.fill(self.top, at, slice)?;
             at += slice.len() as u64;
         }
         Ok(())
@@ -175,7 +184,7 @@ impl BlockRead for VhdxDisk {
             if at >= end {
                 break;
             }
-            let run = self.run(0, at, end - at)?;
+            let run = self.run(self.top, at, end - at)?;
             let data = run.data || run.length < HOLE_BYTES_MIN;
             let enough = whole.data && whole.length >= DATA_BYTES_ENOUGH;
             if whole.length > 0 && (data != whole.data || enough) {

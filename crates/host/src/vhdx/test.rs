@@ -148,6 +148,7 @@ fn chains_read_back_as_they_were_written() {
     for size in [512, 2 << 20, (9 << 20) + 3 * 512] {
         let bench = Bench::new();
         let mut expected = vec![0; size as usize];
+        let mut seen = Vec::new();
         let names = ["base.vhdx", "one.vhdx", "two.vhdx", "three.vhdx"];
         for (n, name) in names.into_iter().enumerate() {
             let pieces = numbers.pieces(size, 12);
@@ -156,6 +157,8 @@ fn chains_read_back_as_they_were_written() {
             let disk = bench.open(name).unwrap();
             assert_eq!(disk.files().len(), n + 1);
             assert!(all(&disk) == expected, "{name} of {size} bytes");
+            seen.push(expected.clone());
+            assert!(disk.levels().map(|level| all(&level)).eq(seen.iter().cloned()), "each file's own view");
             for _ in 0..20 {
                 let at = numbers.below(size / 512) * 512;
                 let length = ((numbers.below(9000) + 1) * 512).min(size - at) as usize;
