@@ -55,7 +55,7 @@ impl VhdxDisk {
             if files.len() == CHAIN_MAX {
                 return refuse(format!("it lies on more than {CHAIN_MAX} files"));
             }
-            let file = VhdxFile::open(finder.open(&path)?, path.display().to_string())?;
+            let file = VhdxFile::open(finder.open(&path)?, &path.display().to_string())?;
             if let Some((child, linkage)) = files.last().and_then(|child| Some((child, child.linkage()?))) {
                 check_link(child.member(), &linkage.parent_ids, file.member())?;
             }

@@ -50,8 +50,8 @@ impl VhdxFile {
     ///
     /// `InvalidInput`: no VHDX file. `Corrupt`: cut off or damaged. `Unsupported`: it needs something that is not known,
     /// which is named.
-    pub fn open(file: File, name: String) -> Result<Self> {
-        let mut content = Replayed::new(file, name.clone())?;
+    pub fn open(file: File, name: &str) -> Result<Self> {
+        let mut content = Replayed::new(file, name.to_owned())?;
         let what = || format!("read {name}");
         let mut magic = [0; IDENTIFIER.len()];
         if content.read(0, &mut magic).is_err() || magic != *IDENTIFIER {

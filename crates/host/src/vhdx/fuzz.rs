@@ -62,7 +62,7 @@ fn files() -> &'static [Sparse; 2] {
         writer.write(0, &[1; 8192]).unwrap();
         writer.write(4 << 20, &[2; 4096]).unwrap();
         writer.finish().unwrap();
-        let disk = VhdxFile::open(base.try_clone().unwrap(), "base".into()).unwrap();
+        let disk = VhdxFile::open(base.try_clone().unwrap(), "base").unwrap();
         let child = memory_file();
         let parent = NewParent { data_write_id: disk.header().data_write_id, relative_path: "base".into() };
         let mut writer = Writer::new(&child, NewDisk { parent: Some(parent), ..new }).unwrap();
