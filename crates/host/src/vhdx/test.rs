@@ -483,7 +483,7 @@ fn damage_is_told() {
 }
 
 /// Changes words of a child's parent locator.
-fn relocate(bytes: &mut Vec<u8>, pairs: &[(&str, &str)]) {
+fn relocate(bytes: &mut [u8], pairs: &[(&str, &str)]) {
     let mut table = MetadataTable::decode(&bytes[METADATA..]).unwrap();
     let entry = table.entries.iter_mut().find(|entry| entry.id == item::PARENT_LOCATOR).unwrap();
     let at = METADATA + entry.offset as usize;
