@@ -18,6 +18,7 @@ mod nbd;
 mod no_space;
 mod on_demand;
 mod scenario;
+mod snapshots;
 mod swarm;
 
 use std::path::{Path, PathBuf};

@@ -2,4 +2,5 @@
 
 pub mod extent_map;
 pub mod identity;
+pub mod merge;
 pub mod vhdx;

@@ -10,6 +10,7 @@
 //! * [`LayerReceiver`], [`Layer::read_ship`]: a layer on its way to another host while it is written.
 //! * [`Pull`]: a layer that is used here while its blocks are still at another host.
 //! * [`VolumeDir`]: where layers live, and how a chain of them opens.
+//! * [`Merge`]: a layer taken out of a chain while the disk above it is in use.
 //!
 //! Invariants
 //! * A flush that returned survives the end of the process and of power; after an error of `fdatasync` a layer never
@@ -22,11 +23,14 @@
 //! (`export`).
 
 mod append;
+mod chain;
 mod check;
 mod checkpoint;
 mod files;
 mod header_file;
 mod layer;
+mod merge;
+mod neighbour;
 mod pull;
 mod receive;
 mod recover;
@@ -35,8 +39,10 @@ mod slices;
 mod spec;
 mod volume;
 
+pub use chain::Relinked;
 pub use check::{Report, check};
 pub use layer::{Layer, remove};
+pub use merge::{Merge, MergePlan};
 pub use pull::{FetchRange, Pull, PullProgress, RemoteLayer, Urgency};
 pub use receive::{LayerReceiver, Received};
 pub use ship::{ShipEnd, ShipSeal};

@@ -13,6 +13,7 @@
 //!
 //! Not here: bytes of RAM on their way (`memory`), the order of a move (`migrate`), disks (`export`).
 
+pub mod agent;
 pub mod binary;
 pub mod device_state;
 pub mod dirty;

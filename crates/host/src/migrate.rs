@@ -38,7 +38,7 @@ use whimbrel_engine::migrate::handover::{
     self, Cas, CasResult, Course, JournalEntry, Offer, Outcome, Seen, Side, Source, Step, Target,
 };
 use whimbrel_wire::api::{PostCopy, TaskKind, VmMigrate};
-use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmState, key};
+use whimbrel_wire::meta::{HostRecord, Mode, VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{AttemptId, HostId, Name};
 
 use crate::clock;
@@ -50,6 +50,7 @@ use crate::meta::MetaStore;
 use crate::records;
 use crate::task::{TaskHandle, Tasks};
 use crate::vm::{LocalVm, Vms};
+use crate::volume::Claim;
 use journal::Journal;
 use source::SourceSide;
 use target::TargetSide;
@@ -71,6 +72,8 @@ pub(crate) struct Shared {
     pub tasks: Tasks,
     pub journal: Journal,
     targets: Mutex<HashMap<AttemptId, Arc<TargetSide>>>,
+    /// Held while a layer under a volume's writable one comes in.
+    lower: tokio::sync::Mutex<()>,
 }
 
 impl Migrations {
@@ -84,7 +87,8 @@ impl Migrations {
         journal_dir: PathBuf,
     ) -> Result<Self> {
         let journal = Journal::open(journal_dir)?;
-        let shared = Shared { host, links, meta, vms, tasks, journal, targets: Mutex::default() };
+        let (targets, lower) = (Mutex::default(), tokio::sync::Mutex::default());
+        let shared = Shared { host, links, meta, vms, tasks, journal, targets, lower };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -143,7 +147,8 @@ impl Migrations {
         let vm = shared.vms.must_be_here(name).await?;
         let record =
             records::must::<VmRecord>(&*shared.meta, &key::vm(name), &format!("vm {name}")).await?.value;
-        let busy = vm.busy(&format!("move vm {name}"))?;
+        let mut busy = vm.busy(&format!("move vm {name}"))?;
+        busy.hold(self.claim_volumes(&record.spec).await.with_context(|| format!("move vm {name}"))?);
         let (offer, tracking) = self.offer(&vm, &record, request).await?;
         let task = shared.tasks.start(TaskKind::Migrate, format!("vm {name}"));
         let id = task.id();
@@ -171,6 +176,24 @@ impl Migrations {
             }
             CasResult::NotMade(error) | CasResult::Unknown(error) => Err(error.into()),
         }
+    }
+
+    /// Reserves a VM's volumes; refused while a snapshot under one of them is being removed.
+    async fn claim_volumes(&self, spec: &VmSpec) -> Result<Claim> {
+        let claim = self.shared.vms.volumes().claim(spec.volumes.iter().cloned(), "its VM is being moved")?;
+        for name in &spec.volumes {
+            let what = format!("volume {name}");
+            let record =
+                records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(name), &what).await?.value;
+            if record.layers.iter().any(|layer| layer.removing) {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format!("{what}: a snapshot under it is being removed"),
+                )
+                .hint("wait until that is over; see `whimbrel task list`"));
+            }
+        }
+        Ok(claim)
     }
 
     async fn offer(&self, vm: &LocalVm, record: &VmRecord, request: &VmMigrate) -> Result<(Offer, Tracking)> {

@@ -28,17 +28,18 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_wire::api::VmRun;
+use whimbrel_wire::api::{VmRun, VolumeSnapshot};
 use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{Epoch, HostId, Name, Object, Right, VmId};
 
 use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::guest::agent::GuestAgent;
 use crate::guest::binary::QemuBinary;
 use crate::guest::launch;
 use crate::guest::precheck::{self, HostFacts, Report};
 use crate::meta::MetaStore;
 use crate::records::{self, Change, Versioned};
-use crate::volume::Volumes;
+use crate::volume::{SnapshotWith, Volumes};
 
 pub use adopt::Adoption;
 pub(crate) use local::DiskServer;
@@ -406,6 +407,36 @@ impl Vms {
         } else {
             Error::new(ErrorKind::Refused, format!("reach vm {name}: it is at host {}", record.right.holder))
         })
+    }
+
+    /// Takes a snapshot of a volume of this host, whether or not a VM uses it; gives the volume's new record.
+    pub async fn snapshot_volume(&self, name: &Name, request: &VolumeSnapshot) -> Result<VolumeRecord> {
+        let volumes = self.volumes();
+        let what = format!("volume {name}");
+        let record = records::must::<VolumeRecord>(volumes.meta(), &key::volume(name), &what).await?.value;
+        let Some(user) = record.attached_to.filter(|_| record.right.holder == self.shared.host) else {
+            let with = SnapshotWith { slot: volumes.export_slot(name), agent: None };
+            return volumes.snapshot(name, request, &with).await;
+        };
+        let vm = self.must_be_here(&user).await.with_context(|| format!("snapshot {what}"))?;
+        let _busy = vm.busy(&format!("snapshot {what}"))?;
+        let disk = vm.disks.iter().find(|disk| disk.volume == *name).ok_or_else(|| {
+            Error::new(ErrorKind::Internal, format!("snapshot {what}: vm {user} has no such disk"))
+        })?;
+        let with = SnapshotWith { slot: Some(disk.slot.clone()), agent: GuestAgent::of(&vm.run_dir) };
+        let made = volumes.snapshot(name, request, &with).await;
+        let serves = match &made {
+            Ok(record) => Some(record.disk_id),
+            // An earlier one may have been finished before this one failed.
+            Err(_) => records::get::<VolumeRecord>(volumes.meta(), &key::volume(name))
+                .await?
+                .map(|record| record.value.disk_id)
+                .filter(|disk_id| volumes.opened(*disk_id).is_some()),
+        };
+        if let Some(disk_id) = serves {
+            disk.set_disk_id(disk_id);
+        }
+        made
     }
 
     /// Looks at a VM of this host: which mode it may be moved in, and why not the other.

@@ -11,6 +11,9 @@
 //! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`).
 
 mod on_demand;
+mod snapshot;
+#[cfg(test)]
+mod test_cluster;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -36,6 +39,7 @@ use crate::store::convert::{Converter, ExportAs, Format, each_data};
 use crate::task::TaskHandle;
 use crate::vm::DiskServer;
 use on_demand::OnDemand;
+pub use snapshot::{Claim, SnapshotWith};
 
 /// All volumes of this host.
 #[derive(Clone)]
@@ -54,6 +58,7 @@ struct Shared {
     opening: Mutex<HashMap<DiskId, Arc<tokio::sync::Mutex<()>>>>,
     links: Links,
     on_demand: OnDemand,
+    claims: snapshot::Claims,
     exports: Mutex<HashMap<Name, Exported>>,
 }
 
@@ -95,9 +100,15 @@ impl Volumes {
             opening: Mutex::default(),
             on_demand: OnDemand::new(links.clone()),
             links,
+            claims: snapshot::Claims::default(),
             exports: Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Where the layers are.
+    pub(crate) fn dir(&self) -> &VolumeDir {
+        &self.shared.dir
     }
 
     /// Where the records are.
@@ -109,6 +120,9 @@ impl Volumes {
     pub async fn create(&self, request: &VolumeCreate) -> Result<VolumeRecord> {
         let shared = &self.shared;
         let action = || format!("create volume {}", request.name);
+        if let Some(from) = &request.from {
+            return self.create_from(request, from).await;
+        }
         if records::get::<VolumeRecord>(&*shared.meta, &key::volume(&request.name)).await?.is_some() {
             return Err(Error::new(
                 ErrorKind::AlreadyExists,
@@ -138,6 +152,7 @@ impl Volumes {
                 id: image.id,
                 store_url: image.store_url,
             }),
+            layers: Vec::new(),
             right: Right {
                 object: Object::Layer(spec.disk_id),
                 holder: shared.host.clone(),
@@ -263,9 +278,11 @@ impl Volumes {
         }
         self.shut(record.disk_id);
         self.shared.opening.lock().remove(&record.disk_id);
-        if self.shared.dir.path(record.disk_id).exists()
-            && let Err(error) = self.shared.dir.remove(record.disk_id)
-        {
+        let removed = match self.shared.dir.path(record.disk_id).exists() {
+            true => self.shared.dir.remove(record.disk_id),
+            false => Ok(()),
+        };
+        if let Err(error) = removed.and_then(|()| self.drop_unused_layers(record)) {
             tracing::warn!(volume = %record.name, %error, "copy of a layer that moved away was not removed");
         }
     }
@@ -327,11 +344,16 @@ impl Volumes {
         let reports = reports.with_context(|| format!("check volume {}", record.name))?;
         let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));
         let notes = reports.iter().flat_map(|report| report.notes.iter().cloned());
+        let recorded = snapshot::compare(record, &reports);
         Ok(VolumeCheck {
             name: record.name.clone(),
             records: reports.iter().map(|report| report.records).sum(),
             notes: depends_on.chain(notes).collect(),
-            problems: reports.iter().flat_map(|report| report.problems.iter().cloned()).collect(),
+            problems: reports
+                .iter()
+                .flat_map(|report| report.problems.iter().cloned())
+                .chain(recorded)
+                .collect(),
         })
     }
 
@@ -349,13 +371,15 @@ impl Volumes {
             return Err(Error::new(ErrorKind::Refused, format!("{action}: it is exported on a socket"))
                 .hint(format!("`whimbrel volume detach {name}` first")));
         }
+        let _claim = self.claim([name.clone()], "it is being removed")?;
+        self.refuse_if_cloned(&record.value, &action).await?;
         Change::default().delete(&record).commit_or_refuse(&*shared.meta, &action).await?;
         self.shut(record.value.disk_id);
         shared.opening.lock().remove(&record.value.disk_id);
         if shared.dir.path(record.value.disk_id).exists() {
-            shared.dir.remove(record.value.disk_id).with_context(|| action)?;
+            shared.dir.remove(record.value.disk_id).with_context(|| action.clone())?;
         }
-        Ok(())
+        self.drop_unused_layers(&record.value).with_context(|| action)
     }
 
     /// Shows a volume on a socket of this host, or on a TCP port.
@@ -438,8 +462,12 @@ impl Volumes {
     ) -> Result<()> {
         let file = PathBuf::from(&request.file);
         let source = open_file(convert, file, request.format.as_deref(), task).await?;
-        let create =
-            VolumeCreate { name: request.name.clone(), image: None, size_bytes: Some(source.size_bytes()) };
+        let create = VolumeCreate {
+            name: request.name.clone(),
+            image: None,
+            size_bytes: Some(source.size_bytes()),
+            from: None,
+        };
         let record = self.create(&create).await?;
         task.phase("write");
         let result = async {
@@ -486,7 +514,11 @@ fn spec_of(record: &VolumeRecord) -> LayerSpec {
     LayerSpec {
         disk_id: record.disk_id,
         data_id: record.data_id,
-        parent: record.image.as_ref().map_or(Parent::None, |parent| Parent::Image(parent.id)),
+        parent: match (record.layers.last(), &record.image) {
+            (Some(below), _) => Parent::Layer { disk_id: below.disk_id, data_id: below.data_id },
+            (None, Some(image)) => Parent::Image(image.id),
+            (None, None) => Parent::None,
+        },
         size_bytes: record.size_bytes,
         epoch: record.right.epoch,
         segment_blocks: SEGMENT_BLOCKS,

@@ -327,6 +327,7 @@ impl World {
             data_id: DataId(uuid::Uuid::nil()),
             size_bytes: 0,
             image: None,
+            layers: Vec::new(),
             right: right(Object::Layer(disk)),
             attached_to: Some(vm_name()),
             depends_on: None,

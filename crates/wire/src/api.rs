@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::error::WireError;
-use crate::id::{DataId, DiskId, HostId, ImageId, ImageRef, Name, Role};
+use crate::id::{DataId, DiskId, HostId, ImageId, ImageRef, Name, Role, SnapshotRef};
 use crate::meta::{Mode, VmSpec, VmState};
 
 /// A virtual machine, as `vm list` and `vm show` print it.
@@ -123,6 +123,8 @@ pub enum TaskKind {
     Import,
     /// Take over a running QEMU, its disks mirrored into volumes.
     Adopt,
+    /// Remove a snapshot: its blocks go into a neighbour in the chain.
+    Merge,
     /// Move the rest of a layer after a switch-over.
     LayerPull,
 }
@@ -271,6 +273,31 @@ pub struct Volume {
     /// Sockets it is exported on, or `nbds://IP:PORT/NAME`, while attached.
     #[serde(default)]
     pub exports: Vec<String>,
+    /// The layers under the writable one, the newest first: snapshots, and what a clone was made from.
+    #[serde(default)]
+    pub chain: Vec<VolumeLayer>,
+}
+
+/// A layer under a volume's writable one.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeLayer {
+    /// The layer.
+    pub disk_id: DiskId,
+    /// What its readers see.
+    pub data_id: DataId,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// The volume's snapshot of that state; none if another volume's, which this one was made from.
+    pub snapshot: Option<Name>,
+    /// When the snapshot was made, in seconds since 1970.
+    pub made_s: u64,
+    /// Whether the guest's file systems were frozen when it was made.
+    pub quiesced: bool,
+    /// It is being removed.
+    pub removing: bool,
+    /// Bytes it takes on disk, where it is here.
+    #[serde(default)]
+    pub layer_bytes: Option<u64>,
 }
 
 /// Make a volume.
@@ -281,9 +308,31 @@ pub struct VolumeCreate {
     /// The image under it, or…
     #[serde(default)]
     pub image: Option<ImageRef>,
-    /// …the size of an empty disk (with an image: grow to this size).
+    /// …the size of an empty disk (with an image: grow to this size), or…
     #[serde(default)]
     pub size_bytes: Option<u64>,
+    /// …the snapshot of another volume that it goes on from: `VOLUME@SNAPSHOT`.
+    #[serde(default)]
+    pub from: Option<SnapshotRef>,
+}
+
+/// Take a snapshot of a volume.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VolumeSnapshot {
+    /// Its name; `snap-N` if none is given.
+    #[serde(default)]
+    pub name: Option<Name>,
+    /// Do not ask the guest to freeze its file systems.
+    #[serde(default)]
+    pub no_quiesce: bool,
+}
+
+/// Say that a layer's parent is what it is now.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct VolumeRelink {
+    /// The operator has seen that the parent's content is not what the layer was made over, and wants it.
+    #[serde(default)]
+    pub accept_changed_parent: bool,
 }
 
 /// How to attach a volume.

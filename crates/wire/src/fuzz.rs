@@ -91,6 +91,8 @@ fn layer_header() -> header::Header {
         disk_id: crate::DiskId(uuid::Uuid::from_u128(1)),
         data_id: crate::DataId(uuid::Uuid::from_u128(2)),
         parent: header::Parent::Image(crate::ImageId([3; 32])),
+        second_linkage: Some(crate::DataId(uuid::Uuid::from_u128(5))),
+        sector_bytes: 512,
         size_bytes: 1 << 30,
         epoch: crate::Epoch(4),
         salt: 5,
@@ -179,6 +181,7 @@ fuzz! {
         json::<migrate::Control<migrate::ToSource>>(bytes);
         json::<migrate::JournalEntry>(bytes);
         json::<migrate::DataOpen>(bytes);
+        json::<migrate::LayerHead>(bytes);
         json::<migrate::StateHead>(bytes);
     }
 

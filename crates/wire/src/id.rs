@@ -43,6 +43,7 @@ macro_rules! text_schema {
 
 text_schema!(Name);
 text_schema!(ImageRef);
+text_schema!(SnapshotRef);
 
 /// A name that people give: of a host, a VM, a volume, an image. See the module's invariants.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -271,6 +272,48 @@ impl fmt::Display for ImageRef {
     }
 }
 
+/// `VOLUME@SNAPSHOT`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotRef {
+    /// The volume.
+    pub volume: Name,
+    /// Its snapshot.
+    pub snapshot: Name,
+}
+
+impl FromStr for SnapshotRef {
+    type Err = WireError;
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        let (volume, snapshot) = text.split_once('@').ok_or_else(|| {
+            WireError::new(
+                ErrorKind::InvalidInput,
+                format!("read {text:?} as a snapshot: it is not VOLUME@SNAPSHOT"),
+            )
+        })?;
+        Ok(Self { volume: volume.parse()?, snapshot: snapshot.parse()? })
+    }
+}
+
+impl TryFrom<String> for SnapshotRef {
+    type Error = WireError;
+    fn try_from(text: String) -> Result<Self, WireError> {
+        text.parse()
+    }
+}
+
+impl From<SnapshotRef> for String {
+    fn from(snapshot: SnapshotRef) -> Self {
+        snapshot.to_string()
+    }
+}
+
+impl fmt::Display for SnapshotRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.volume, self.snapshot)
+    }
+}
+
 /// Anything that moves as blocks, or has one writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -386,6 +429,11 @@ mod test {
         let image: ImageRef = "debian".parse().unwrap();
         assert_eq!(image.to_string(), "debian:latest");
         assert_eq!("debian:12".parse::<ImageRef>().unwrap().tag.as_str(), "12");
+        let snapshot: SnapshotRef = "db@before-1".parse().unwrap();
+        assert_eq!((snapshot.volume.as_str(), snapshot.to_string().as_str()), ("db", "db@before-1"));
+        for bad in ["db", "@x", "db@", "a@b@c"] {
+            assert!(bad.parse::<SnapshotRef>().is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -33,5 +33,5 @@ pub mod size;
 pub use error::{ErrorKind, WireError};
 pub use id::{
     AttemptId, BlockAddr, BlockHash, DataId, DiskId, Epoch, HostId, ImageId, ImageRef, Name, Object, Right,
-    Role, Time, VmId,
+    Role, SnapshotRef, Time, VmId,
 };

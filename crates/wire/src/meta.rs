@@ -151,6 +151,9 @@ pub struct VolumeRecord {
     /// The image under the layer, if any.
     #[serde(default)]
     pub image: Option<ImageParent>,
+    /// Layers between the image and the writable one, the lowest first: snapshots, and what a clone was made from.
+    #[serde(default)]
+    pub layers: Vec<LayerRecord>,
     /// Who may write, and where the layer is.
     pub right: Right,
     /// The VM it is attached to.
@@ -159,6 +162,29 @@ pub struct VolumeRecord {
     /// The host that still has blocks the holder has not fetched (`--disk on-demand`).
     #[serde(default)]
     pub depends_on: Option<HostId>,
+}
+
+/// A layer that nobody writes any more, under a volume's writable one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// The layer.
+    pub disk_id: DiskId,
+    /// What its readers see; what lies on it holds a copy.
+    pub data_id: DataId,
+    /// Size of the disk, bytes.
+    pub size_bytes: u64,
+    /// The volume's snapshot of that state; none if another volume's, which this one was made from.
+    #[serde(default)]
+    pub snapshot: Option<Name>,
+    /// When the snapshot was made, in seconds since 1970; for people.
+    #[serde(default)]
+    pub made_s: u64,
+    /// Whether the guest's file systems were frozen when it was made.
+    #[serde(default)]
+    pub quiesced: bool,
+    /// It is being removed: its blocks are on their way into a neighbour.
+    #[serde(default)]
+    pub removing: bool,
 }
 
 /// The image under a layer.

@@ -9,11 +9,15 @@
 //! changes the parent behind the child's back changes the id first, so a mismatch proves that parent and child no
 //! longer form a disk, and the chain refuses to open.
 //!
+//! A link holds if the child's copy is the parent's id, or the child's *second linkage* is: that one is set while the
+//! child is merged into its parent ([`super::merge`]).
+//!
 //! Invariants
 //! * The id is replaced, durably, **before** the first change that a reader could see after a writable open;
 //!   a crash between any two steps never leaves changed data under the old id. It may leave a new id over
 //!   unchanged data, which is safe and never undone.
 //! * An epoch older than the newest one ever recorded opens nothing.
+//! * A sealed layer, which others may lie on, is not opened for writing.
 //!
 //! Not here: making anything durable (`host::disk`).
 
@@ -72,6 +76,15 @@ pub fn may_open(
         )
         .hint("let the move finish, or remove the layer and move again"));
     }
+    if writable && *state == State::Sealed {
+        return Err(WireError::new(
+            ErrorKind::Refused,
+            format!("open layer {disk_id} for writing: it is a snapshot, and others may lie on it"),
+        )
+        .hint(
+            "make a volume from it, and write that one: `whimbrel volume create NAME --from VOLUME@SNAPSHOT`",
+        ));
+    }
     if writable && asked < recorded {
         return Err(WireError::new(
             ErrorKind::Refused,
@@ -83,25 +96,45 @@ pub fn may_open(
 }
 
 /// What chain opening needs to know of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
+    /// Where it was found, for people.
+    pub file: String,
     /// Identity.
     pub disk_id: DiskId,
     /// Identity of its content.
     pub data_id: DataId,
     /// What it says it lies on.
     pub parent: Parent,
+    /// The other content that its parent may have.
+    pub second_linkage: Option<DataId>,
+    /// Size of the disk, bytes.
+    pub size_bytes: u64,
+    /// Logical sector, bytes.
+    pub sector_bytes: u32,
 }
 
-/// Verifies a chain, writable layer first, over the image that was opened under it.
-pub fn check_chain(links: &[Link], image: Option<ImageId>) -> Result<(), WireError> {
+impl Link {
+    /// Whether this layer was made over that content of its parent.
+    pub fn holds(&self, parent_data_id: DataId) -> bool {
+        let first = matches!(self.parent, Parent::Layer { data_id, .. } if data_id == parent_data_id);
+        first || matches!(self.parent, Parent::Layer { .. }) && self.second_linkage == Some(parent_data_id)
+    }
+}
+
+/// Verifies a chain, writable layer first, over the image that was opened under it: every link, cycles, depth, sizes and
+/// sectors. `image_bytes` is the image's size, 0 if it is not known.
+pub fn check_chain(links: &[Link], image: Option<ImageId>, image_bytes: u64) -> Result<(), WireError> {
     let Some(top) = links.first() else {
         return Err(WireError::new(ErrorKind::InvalidInput, "open volume: an empty chain"));
     };
     let refuse = |why: String| {
         let error =
             WireError::new(ErrorKind::Refused, format!("open volume on layer {}: {why}", top.disk_id));
-        Err(error.hint("the layers no longer form one disk; restore the parent it was made on"))
+        Err(error.hint(
+            "the layers no longer form one disk: restore the parent it was made on, or say that what is there now is \
+             wanted (`whimbrel volume relink`)",
+        ))
     };
     if links.len() > CHAIN_MAX {
         return refuse(format!("{} layers, at most {CHAIN_MAX} are allowed", links.len()));
@@ -109,20 +142,39 @@ pub fn check_chain(links: &[Link], image: Option<ImageId>) -> Result<(), WireErr
     for (at, link) in links.iter().enumerate() {
         let below = links.get(at + 1);
         if links.iter().skip(at + 1).any(|other| other.disk_id == link.disk_id) {
-            return refuse(format!("layer {} lies under itself", link.disk_id));
+            return refuse(format!("layer {} lies under itself ({})", link.disk_id, link.file));
+        }
+        if let Some(parent) = below {
+            if parent.sector_bytes != link.sector_bytes {
+                return refuse(format!(
+                    "layer {} has sectors of {} bytes, and {} under it of {} ({})",
+                    link.disk_id, link.sector_bytes, parent.disk_id, parent.sector_bytes, parent.file
+                ));
+            }
+            if parent.size_bytes > link.size_bytes {
+                return refuse(format!(
+                    "layer {} of {} bytes is smaller than {} under it, of {} ({})",
+                    link.disk_id, link.size_bytes, parent.disk_id, parent.size_bytes, parent.file
+                ));
+            }
+        } else if image_bytes.next_multiple_of(512) > link.size_bytes {
+            return refuse(format!(
+                "layer {} of {} bytes is smaller than the image under it, of {image_bytes} ({})",
+                link.disk_id, link.size_bytes, link.file
+            ));
         }
         match (link.parent, below) {
             (Parent::Layer { disk_id, data_id }, Some(parent)) => {
                 if parent.disk_id != disk_id {
                     return refuse(format!(
-                        "layer {} lies on layer {disk_id}, not on {}",
-                        link.disk_id, parent.disk_id
+                        "layer {} lies on layer {disk_id}, not on {} ({})",
+                        link.disk_id, parent.disk_id, parent.file
                     ));
                 }
-                if parent.data_id != data_id {
+                if !link.holds(parent.data_id) {
                     return refuse(format!(
-                        "layer {} was made over content {data_id} of layer {disk_id}, which now has {}",
-                        link.disk_id, parent.data_id
+                        "layer {} was made over content {data_id} of layer {disk_id}, which now has {} ({})",
+                        link.disk_id, parent.data_id, parent.file
                     ));
                 }
             }
@@ -154,7 +206,15 @@ mod test {
     const IMAGE: ImageId = ImageId([7; 32]);
 
     fn link(disk: u128, data: u128, parent: Parent) -> Link {
-        Link { disk_id: DiskId::from_u128(disk), data_id: DataId::from_u128(data), parent }
+        Link {
+            file: format!("/volumes/{disk}"),
+            disk_id: DiskId::from_u128(disk),
+            data_id: DataId::from_u128(data),
+            parent,
+            second_linkage: None,
+            size_bytes: 1 << 20,
+            sector_bytes: 512,
+        }
     }
 
     fn on(disk: u128, data: u128) -> Parent {
@@ -164,15 +224,25 @@ mod test {
     #[test]
     fn a_whole_chain_opens() {
         let chain = [link(1, 10, on(2, 20)), link(2, 20, on(3, 30)), link(3, 30, Parent::Image(IMAGE))];
-        check_chain(&chain, Some(IMAGE)).unwrap();
-        check_chain(&[link(1, 10, Parent::None)], None).unwrap();
+        check_chain(&chain, Some(IMAGE), 1 << 20).unwrap();
+        check_chain(&[link(1, 10, Parent::None)], None, 0).unwrap();
+        // While the first is merged into the second, either content of the second will do.
+        let [first, second, third] = chain;
+        for now in [20, 21] {
+            let first = Link { second_linkage: Some(DataId::from_u128(21)), ..first.clone() };
+            let second = Link { data_id: DataId::from_u128(now), ..second.clone() };
+            check_chain(&[first, second, third.clone()], Some(IMAGE), 0).unwrap();
+        }
+        let grown = Link { size_bytes: 2 << 20, ..first };
+        check_chain(&[grown, second, third], Some(IMAGE), 0).unwrap();
     }
 
     #[test]
     fn a_chain_that_no_longer_is_one_disk_is_refused_and_both_ids_are_named() {
         let changed = [link(1, 10, on(2, 20)), link(2, 21, Parent::None)];
-        let error = check_chain(&changed, None).unwrap_err();
+        let error = check_chain(&changed, None, 0).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Refused);
+        assert!(error.message.contains("/volumes/2"), "{error}");
         for id in [DataId::from_u128(20), DataId::from_u128(21)] {
             assert!(error.message.contains(&id.to_string()), "{error}");
         }
@@ -188,14 +258,26 @@ mod test {
             (vec![link(1, 10, Parent::None)], other),
             (vec![link(1, 10, image), link(2, 20, Parent::None)], None),
         ] {
-            assert!(check_chain(&chain, image).is_err(), "{chain:?}");
+            assert!(check_chain(&chain, image, 0).is_err(), "{chain:?}");
         }
         let long: Vec<Link> = (0..=CHAIN_MAX as u128).map(|n| link(n, n, on(n + 1, n + 1))).collect();
-        assert!(check_chain(&long, None).unwrap_err().message.contains("layers"));
+        assert!(check_chain(&long, None, 0).unwrap_err().message.contains("layers"));
+        // Off by one sector, and other sectors.
+        for parent in [
+            Link { size_bytes: (1 << 20) + 512, ..link(2, 20, Parent::None) },
+            Link { sector_bytes: 4096, ..link(2, 20, Parent::None) },
+        ] {
+            let error = check_chain(&[link(1, 10, on(2, 20)), parent], None, 0).unwrap_err();
+            assert!(error.message.contains("/volumes/2"), "{error}");
+        }
+        assert!(check_chain(&[link(1, 10, image)], Some(IMAGE), (1 << 20) + 1).is_err());
+        // A second linkage is for a parent layer only.
+        let odd = Link { second_linkage: Some(DataId::from_u128(20)), ..link(1, 10, Parent::None) };
+        assert!(!odd.holds(DataId::from_u128(20)));
     }
 
     #[test]
-    fn an_old_epoch_or_a_half_received_layer_does_not_open() {
+    fn an_old_epoch_a_snapshot_or_a_half_received_layer_does_not_open() {
         let id = DiskId::from_u128(1);
         let open = |state, recorded, asked, writable| {
             may_open(id, &state, Epoch(recorded), Epoch(asked), writable).map_err(|error| error.kind)
@@ -205,6 +287,8 @@ mod test {
         assert_eq!(open(State::Pulling, 3, 4, true), Ok(()));
         assert_eq!(open(State::Ready, 3, 2, true), Err(ErrorKind::Refused));
         assert_eq!(open(State::Ready, 3, 2, false), Ok(()));
+        assert_eq!(open(State::Sealed, 3, 9, true), Err(ErrorKind::Refused));
+        assert_eq!(open(State::Sealed, 3, 2, false), Ok(()));
         assert_eq!(open(State::Receiving(ShipPosition::START), 3, 3, false), Err(ErrorKind::Refused));
     }
 

@@ -62,7 +62,7 @@ pub fn check(path: &Path) -> Result<Report> {
         Err(error) => report.problems.push(error.to_string()),
     }
     match header.state {
-        State::Ready => {}
+        State::Ready | State::Sealed => {}
         State::Receiving(position) => {
             report
                 .notes

@@ -45,7 +45,7 @@ const OPEN: u8 = 1;
 const FENCED: u8 = 2;
 const BROKEN: u8 = 3;
 const READ_ONLY: u8 = 4;
-const CLOSED: u8 = 5;
+pub(super) const CLOSED: u8 = 5;
 
 /// What readers need.
 #[derive(Debug)]
@@ -70,7 +70,7 @@ pub struct Layer {
     syncing: Mutex<bool>,
     synced: Condvar,
     checkpoint_seq: AtomicU64,
-    checkpointing: Mutex<()>,
+    pub(super) checkpointing: Mutex<()>,
 }
 
 impl std::fmt::Debug for Layer {
@@ -135,8 +135,8 @@ impl Layer {
         Self::open_with(dir, base, Some(epoch), writable, check)
     }
 
-    /// `epoch`: none for the receiver of a layer that nobody may open yet.
-    fn open_with(
+    /// `epoch`: none for those who write what nobody else may: the receiver of a layer, a merge.
+    pub(super) fn open_with(
         dir: &Dir,
         base: Option<Arc<dyn BlockRead>>,
         epoch: Option<Epoch>,
@@ -292,7 +292,7 @@ impl Layer {
     }
 
     /// Moves the gate, with no append under way afterwards.
-    fn shut(&self, to: u8) {
+    pub(super) fn shut(&self, to: u8) {
         let _log = self.log.lock();
         let _ = self.gate.fetch_update(Ordering::AcqRel, Ordering::Acquire, |gate| {
             (!matches!(gate, BROKEN | READ_ONLY)).then_some(to)
@@ -310,6 +310,10 @@ impl Layer {
     /// The layer below from now on.
     pub(super) fn set_base(&self, base: Option<Arc<dyn BlockRead>>) {
         *self.base.write() = base;
+    }
+
+    pub(super) fn below(&self) -> Option<Arc<dyn BlockRead>> {
+        self.base.read().clone()
     }
 
     fn refused(&self, gate: u8) -> Error {
@@ -332,7 +336,7 @@ impl Layer {
     }
 
     /// Lets writes pass: before the first one of a session the `data_id` changes, durably.
-    fn ready_to_write(&self) -> Result<()> {
+    pub(super) fn ready_to_write(&self) -> Result<()> {
         if self.gate.load(Ordering::Acquire) == OPEN {
             return Ok(());
         }
@@ -642,7 +646,7 @@ impl Layer {
         self.checkpoint_alone()
     }
 
-    fn checkpoint_alone(&self) -> Result<()> {
+    pub(super) fn checkpoint_alone(&self) -> Result<()> {
         if self.checkpoint_seq.load(Ordering::Acquire) == self.appended_seq.load(Ordering::Acquire) {
             return Ok(());
         }

@@ -157,6 +157,11 @@ impl LayerReceiver {
 }
 
 impl Received {
+    /// Makes it what other layers lie on: nobody writes it from here on.
+    pub fn seal(self) -> Result<()> {
+        self.layer.seal()
+    }
+
     /// Opens it for writing, as [`Layer::open`] would, but without reading its log again.
     pub fn open(self, base: Option<Arc<dyn BlockRead>>, epoch: Epoch) -> Result<Arc<Layer>> {
         self.layer.take_over(base, epoch)?;

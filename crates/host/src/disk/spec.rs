@@ -4,7 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use whimbrel_wire::record::layer::{DISK_BYTES_MAX, Header, LogPoint, Parent, SEGMENT_BLOCKS, State};
+use whimbrel_wire::record::layer::{
+    DISK_BYTES_MAX, Header, LogPoint, Parent, SECTOR_BYTES, SEGMENT_BLOCKS, State,
+};
 use whimbrel_wire::{DataId, DiskId, Epoch};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -56,6 +58,8 @@ impl LayerSpec {
             disk_id: self.disk_id,
             data_id: self.data_id,
             parent: self.parent,
+            second_linkage: None,
+            sector_bytes: SECTOR_BYTES,
             size_bytes: self.size_bytes,
             epoch: self.epoch,
             salt: Uuid::new_v4().as_u64_pair().0,

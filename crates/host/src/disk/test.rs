@@ -1,5 +1,6 @@
 //! Tests of layers against a disk in RAM, crashes, faults, and each other.
 
+mod chain;
 mod crash;
 mod faults;
 mod figures;

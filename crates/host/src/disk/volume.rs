@@ -1,27 +1,25 @@
-//! Volumes of this host: where their layers live, and how a chain opens.
+//! Volumes of this host: where their layers live.
 //!
 //! ```text
 //!   DATA/volumes/DISK_ID/     one layer each
 //!   chain: writable layer ─► parent layers (read-only, checked by data_id) ─► image, or zeros
 //! ```
 //!
-//! Invariants: a chain opens whole and verified, or not at all. A volume is never smaller than its image; behind the
-//! image's end it reads as zeros.
+//! Invariants: a volume is never smaller than its image; behind the image's end it reads as zeros.
 //!
-//! Not here: names, holders and epochs of volumes (the metadata store), images (`store`).
+//! Not here: how a chain opens (`chain`), names, holders and epochs of volumes (the metadata store), images (`store`).
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_engine::disk::identity::{self, CHAIN_MAX, Link};
 use whimbrel_wire::record::layer::{Parent, State};
 use whimbrel_wire::size::show_bytes;
 use whimbrel_wire::{DiskId, Epoch, ImageId};
 
-use super::check::{Report, check};
-use super::files::{Dir, PARTIAL};
-use super::header_file::HeaderFile;
+use super::files::PARTIAL;
 use super::layer::{Layer, remove};
 use super::pull::{Pull, RemoteLayer};
 use super::receive::LayerReceiver;
@@ -68,6 +66,10 @@ impl VolumeSpec {
 #[derive(Clone, Debug)]
 pub struct VolumeDir {
     root: PathBuf,
+    /// Layers that others lie on, as far as they are open.
+    sealed: Arc<Mutex<HashMap<DiskId, Weak<Layer>>>>,
+    /// Held while the layers under a volume are opened.
+    opening: Arc<Mutex<()>>,
 }
 
 impl VolumeDir {
@@ -84,7 +86,15 @@ impl VolumeDir {
                 std::fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
             }
         }
-        Ok(Self { root })
+        Ok(Self { root, sealed: Arc::default(), opening: Arc::default() })
+    }
+
+    pub(super) fn sealed_layers(&self) -> &Mutex<HashMap<DiskId, Weak<Layer>>> {
+        &self.sealed
+    }
+
+    pub(super) fn opening_chain(&self) -> &Mutex<()> {
+        &self.opening
     }
 
     /// Where a layer is, or would be.
@@ -128,8 +138,7 @@ impl VolumeDir {
 
     /// Whether some of the layer's blocks are still at another host.
     pub fn is_pulling(&self, disk_id: DiskId) -> Result<bool> {
-        let file = HeaderFile::open(&Dir::new(&self.path(disk_id)), false)?;
-        Ok(file.get().state == State::Pulling)
+        Ok(self.header(disk_id)?.state == State::Pulling)
     }
 
     /// Opens the chain on a layer whose blocks are still at another host.
@@ -148,53 +157,6 @@ impl VolumeDir {
     pub fn receive(&self, spec: &LayerSpec) -> Result<LayerReceiver> {
         let path = self.path(spec.disk_id);
         if path.exists() { LayerReceiver::open(&path) } else { LayerReceiver::create(&path, spec) }
-    }
-
-    /// What lies under the writable layer `disk_id`: verified by its links.
-    pub fn base(&self, disk_id: DiskId, image: Option<BaseImage>) -> Result<Option<Arc<dyn BlockRead>>> {
-        let links = self.links(disk_id)?;
-        identity::check_chain(&links, image.as_ref().map(|(id, _)| *id))?;
-        let mut base = image.map(|(_, disk)| disk);
-        for link in links.iter().skip(1).rev() {
-            let layer = Layer::open(&self.path(link.disk_id), base, Epoch(u64::MAX), false)?;
-            base = Some(layer);
-        }
-        Ok(base)
-    }
-
-    /// The chain's links as their headers tell them.
-    fn links(&self, disk_id: DiskId) -> Result<Vec<Link>> {
-        let mut links: Vec<Link> = Vec::new();
-        let mut next = Some(disk_id);
-        while let Some(id) = next {
-            let path = self.path(id);
-            if !path.exists() {
-                let error =
-                    Error::new(ErrorKind::NotFound, format!("open layer {id}: it is not on this host"));
-                return Err(error.hint("see `whimbrel volume show` for the host that holds it"));
-            }
-            let file = HeaderFile::open(&Dir::new(&path), false)?;
-            let header = file.get();
-            links.push(Link { disk_id: header.disk_id, data_id: header.data_id, parent: header.parent });
-            next = match header.parent {
-                Parent::Layer { disk_id, .. } if links.len() <= CHAIN_MAX => Some(disk_id),
-                _ => None,
-            };
-        }
-        Ok(links)
-    }
-
-    /// Verifies every layer of the chain, and its links; the writable layer first. Problems of the links stand with it.
-    pub fn check(&self, disk_id: DiskId, image: Option<ImageId>) -> Result<Vec<Report>> {
-        let links = self.links(disk_id)?;
-        let mut reports = Vec::new();
-        for link in &links {
-            reports.push(check(&self.path(link.disk_id))?);
-        }
-        if let (Err(error), Some(first)) = (identity::check_chain(&links, image), reports.first_mut()) {
-            first.problems.push(error.to_string());
-        }
-        Ok(reports)
     }
 
     /// Removes a layer that nobody has open.

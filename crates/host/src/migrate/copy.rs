@@ -17,12 +17,13 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt as _;
 use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
 use whimbrel_wire::Name;
-use whimbrel_wire::peer::migrate::PullHead;
+use whimbrel_wire::peer::migrate::{LayerHave, LayerHead, PullHead};
 use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
 use super::data::{self, Chunk};
@@ -219,6 +220,37 @@ impl LayerCopy {
             self.position = next;
         }
         Ok(sent)
+    }
+
+    /// Sends a layer that nobody writes, unless the target has it; gives the bytes sent. Ends early, with an error, once
+    /// `stop` is set.
+    pub async fn ship_whole(mut self, stop: &AtomicBool) -> Result<u64> {
+        let spec = self.layer.spec();
+        let head = LayerHead {
+            disk_id: spec.disk_id,
+            data_id: spec.data_id,
+            parent: spec.parent,
+            size_bytes: spec.size_bytes,
+            epoch: spec.epoch,
+            segment_blocks: spec.segment_blocks,
+        };
+        data::write_json(&mut self.stream, &head).await?;
+        self.stream.flush().await.context("send a layer's head")?;
+        let answer: LayerHave = data::read_json(&mut self.stream).await?;
+        if answer.have {
+            return Ok(0);
+        }
+        let mut sent = 0;
+        loop {
+            let some = self.catch_up().await?;
+            if some == 0 {
+                return Ok(sent + self.finish().await?);
+            }
+            sent += some;
+            if stop.load(Ordering::Acquire) {
+                return Err(Error::new(ErrorKind::Cancelled, "send a layer: the copy is over"));
+            }
+        }
     }
 
     /// The guest stands still: sends the rest and waits until the target has all of it, durably.

@@ -23,7 +23,7 @@ use whimbrel_engine::migrate::handover::{
     Event, Offer, Outcome, Source, SourceWork, Step, ToSource, ToTarget,
 };
 use whimbrel_wire::api::{DiskMove, VmMigrate};
-use whimbrel_wire::meta::{Mode, VmRecord, key};
+use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
 use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
 use whimbrel_wire::{ErrorKind, Name};
 
@@ -117,7 +117,9 @@ impl SourceSide {
         };
         let vm = match vm {
             Some(vm) => {
-                let busy = vm.busy("take up a move")?;
+                let mut busy = vm.busy("take up a move")?;
+                let volumes = machine.offer().spec.volumes.iter().cloned();
+                busy.hold(shared.vms.volumes().claim(volumes, "its VM is being moved")?);
                 Some((vm, busy, None))
             }
             None => None,
@@ -265,8 +267,26 @@ impl SourceSide {
     }
 
     async fn open(&self, service: &str, volume: Option<&Name>) -> Result<PeerStream> {
-        let open = DataOpen { attempt: self.offer.attempt, volume: volume.cloned() };
+        let open = DataOpen { attempt: self.offer.attempt, volume: volume.cloned(), layer: None };
         self.shared.links.stream(&self.offer.target, service, &open, OPEN_LIMIT).await
+    }
+
+    /// Sends the layers under a volume's writable one that the target lacks, the lowest first. Nobody writes them, so
+    /// they are whole before anything else begins.
+    async fn ship_lower(&self, record: &VolumeRecord) -> Result<()> {
+        for lower in &record.layers {
+            let layer = self.shared.vms.volumes().open_lower(lower.disk_id).await?;
+            let open = DataOpen {
+                attempt: self.offer.attempt,
+                volume: Some(record.name.clone()),
+                layer: Some(lower.disk_id),
+            };
+            let stream =
+                self.shared.links.stream(&self.offer.target, service::LAYER, &open, OPEN_LIMIT).await?;
+            let sent = LayerCopy::new(record.name.clone(), layer, stream).ship_whole(&self.stop_copy).await?;
+            self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Opens all streams and starts to follow the guest's writes.
@@ -275,6 +295,7 @@ impl SourceSide {
         let (mut layers, mut maps) = (Vec::new(), Vec::new());
         for name in &self.offer.spec.volumes {
             let record = self.volumes.read(name).await?;
+            self.ship_lower(&record).await.with_context(|| format!("send what volume {name} lies on"))?;
             let layer = self.shared.vms.volumes().open(&record).await?;
             let stream = self.open(service::LAYER, Some(name)).await?;
             match self.offer.disk {
@@ -320,7 +341,7 @@ impl SourceSide {
         }
         let Some(copying) = guard.as_mut() else { return Ok(()) };
         let mut withhold = false;
-        let mut layer_bytes = 0;
+        let mut layer_bytes = self.layer_bytes.load(Ordering::Relaxed);
         while !self.stop_copy.load(Ordering::Acquire) {
             let after = match self.offer.mode {
                 Mode::A => copying.round(&mut withhold, &self.task, &self.progress, &mut layer_bytes).await?,

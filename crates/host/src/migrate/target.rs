@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{RwLock, watch};
 use tokio::task::AbortHandle;
 use whimbrel_engine::migrate::handover::{
@@ -30,8 +30,8 @@ use whimbrel_engine::migrate::handover::{
 };
 use whimbrel_wire::api::DiskMove;
 use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
-use whimbrel_wire::peer::migrate::{Control, DataOpen, PullHead, StateHead};
-use whimbrel_wire::{AttemptId, Epoch, ErrorKind, Name};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, LayerHave, LayerHead, PullHead, StateHead};
+use whimbrel_wire::{AttemptId, DiskId, Epoch, ErrorKind, Name};
 
 use super::data::{self, Chunk, service};
 use super::driver::{self, Events, Hands, WorkFailed};
@@ -39,7 +39,7 @@ use super::store::VolumeRecords;
 use super::{Shared, control};
 use crate::blocking::blocking;
 use crate::clock;
-use crate::disk::{BaseImage, Received, ShipSeal};
+use crate::disk::{BaseImage, LayerReceiver, LayerSpec, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state::{self, Loader};
 use crate::guest::{launch, processor};
@@ -178,7 +178,10 @@ async fn serve_data(
     let stream = offer.accept().await?;
     let result = match service {
         // What writes to a disk ends between two writes, not in the middle of one.
-        service::LAYER => side.receive_layer(stream, open.volume).await,
+        service::LAYER => match open.layer {
+            None => side.receive_layer(stream, open.volume).await,
+            Some(layer) => side.receive_lower(stream, open.volume, layer).await,
+        },
         service::MEMORY => side.unless_over(side.receive_memory(stream)).await,
         service::STATE => side.unless_over(side.receive_state(stream)).await,
         _ => side.unless_over(side.receive_qemu(stream)).await,
@@ -453,30 +456,83 @@ impl TargetSide {
             data::write_result(&mut stream, &result).await?;
             return result;
         }
-        let mut receiver = Some(volumes.receiver(&record)?);
-        let mut chunk = Vec::new();
-        loop {
-            if self.unless_over(data::read_piece(&mut stream, &mut chunk)).await? {
-                // Disk writes wait; the other streams of the move must not.
-                let (mut taken, came) = (receiver.take(), Chunk::new(std::mem::take(&mut chunk)));
-                let written = blocking("write a received layer", move || {
-                    if let Some(receiver) = &mut taken {
-                        receiver.write(&came.unpack()?)?;
-                    }
-                    Ok(taken)
-                });
-                receiver = written.await.with_context(|| format!("receive layer of volume {name}"))?;
-                continue;
-            }
-            let seal: ShipSeal = self.unless_over(data::read_json(&mut stream)).await?;
-            let Some(taken) = receiver.take() else { return Ok(()) };
-            let finished = blocking("finish a received layer", move || taken.finish(&seal)).await;
-            let result = finished.map(|received| {
-                self.arrived.lock().layers.insert(name.clone(), received);
-            });
-            data::write_result(&mut stream, &result).await?;
-            return result;
+        let receiver = volumes.receiver(&record)?;
+        let finished = self.take_chunks(&mut stream, receiver, &name).await?;
+        let result = finished.map(|received| {
+            self.arrived.lock().layers.insert(name.clone(), received);
+        });
+        data::write_result(&mut stream, &result).await?;
+        result
+    }
+
+    /// Receives a layer under a volume's writable one, unless it is here.
+    async fn receive_lower(
+        &self,
+        mut stream: PeerStream,
+        volume: Option<Name>,
+        disk_id: DiskId,
+    ) -> Result<()> {
+        let what = || format!("receive layer {disk_id}");
+        let _in_use = self.layers_in_use.read().await;
+        if *self.over.borrow() {
+            return Err(attempt_is_over());
         }
+        let head: LayerHead = self.unless_over(data::read_json(&mut stream)).await?;
+        let name = volume.filter(|_| head.disk_id == disk_id);
+        let name =
+            name.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("{}: another came", what())))?;
+        let record = self.volumes.read(&name).await?;
+        if !record.layers.iter().any(|layer| layer.disk_id == disk_id) {
+            let why = format!("{}: volume {name} does not lie on it", what());
+            return Err(Error::new(ErrorKind::InvalidInput, why));
+        }
+        let spec = LayerSpec {
+            disk_id,
+            data_id: head.data_id,
+            parent: head.parent,
+            size_bytes: head.size_bytes,
+            epoch: head.epoch,
+            segment_blocks: head.segment_blocks,
+        };
+        let volumes = self.shared.vms.volumes().clone();
+        // Two VMs that come at once may lie on the same layer.
+        let _one = self.shared.lower.lock().await;
+        volumes.pin(&name, disk_id);
+        let have = volumes.has_lower(&spec)?;
+        data::write_json(&mut stream, &LayerHave { have }).await?;
+        stream.flush().await.context("say which layers are here")?;
+        if have {
+            return Ok(());
+        }
+        let receiver = volumes.lower_receiver(&spec)?;
+        let result = match self.take_chunks(&mut stream, receiver, &name).await? {
+            Ok(received) => blocking("seal a received layer", move || received.seal()).await,
+            Err(error) => Err(error),
+        };
+        data::write_result(&mut stream, &result).await?;
+        result
+    }
+
+    /// Receives a layer's chunks; then whether they are all.
+    async fn take_chunks(
+        &self,
+        stream: &mut PeerStream,
+        receiver: LayerReceiver,
+        name: &Name,
+    ) -> Result<Result<Received>> {
+        let mut receiver = receiver;
+        let mut chunk = Vec::new();
+        while self.unless_over(data::read_piece(stream, &mut chunk)).await? {
+            // Disk writes wait; the other streams of the move must not.
+            let came = Chunk::new(std::mem::take(&mut chunk));
+            let written = blocking("write a received layer", move || {
+                receiver.write(&came.unpack()?)?;
+                Ok(receiver)
+            });
+            receiver = written.await.with_context(|| format!("receive layer of volume {name}"))?;
+        }
+        let seal: ShipSeal = self.unless_over(data::read_json(stream)).await?;
+        Ok(blocking("finish a received layer", move || receiver.finish(&seal)).await)
     }
 
     async fn receive_state(&self, mut stream: PeerStream) -> Result<()> {
@@ -593,14 +649,17 @@ impl TargetSide {
         };
         let volumes = self.shared.vms.volumes().clone();
         for (name, received) in came {
-            let (record, base, epoch) = self.passed_on(&name).await?;
-            let base = base.map(|(_, disk)| disk);
-            let opened = blocking("open a received layer", move || received.open(base, epoch)).await;
+            let (record, image, epoch) = self.passed_on(&name).await?;
+            let (dir, id) = (volumes.dir().clone(), record.disk_id);
+            let opened =
+                blocking("open a received layer", move || received.open(dir.base(id, image)?, epoch)).await;
             volumes.keep(record.disk_id, opened.with_context(|| format!("open volume {name}"))?);
+            volumes.unpin(&name);
         }
         for name in maps {
             let (record, base, epoch) = self.passed_on(&name).await?;
             volumes.open_pull(&record, base, epoch, &self.offer.source).await?;
+            volumes.unpin(&name);
         }
         Ok(())
     }

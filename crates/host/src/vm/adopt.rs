@@ -312,8 +312,12 @@ impl Adoption {
         };
         for (volume, disk) in self.spec.volumes.iter().zip(&self.plan.disks) {
             if let PlannedDisk::Drive(drive) = disk {
-                let request =
-                    VolumeCreate { name: volume.clone(), image: None, size_bytes: Some(drive.size_bytes) };
+                let request = VolumeCreate {
+                    name: volume.clone(),
+                    image: None,
+                    size_bytes: Some(drive.size_bytes),
+                    from: None,
+                };
                 if let Err(error) = shared.volumes.create(&request).await {
                     self.vms.remove_records(name, id, &self.spec).await;
                     return Err(error);
@@ -401,7 +405,7 @@ impl Adoption {
                 (true, Ok(Some(record))) => volumes.take_back(&record.value, disk.socket.clone(), server),
                 _ => {
                     let _ = DiskServer::stop(server);
-                    volumes.close(disk.disk_id);
+                    volumes.close(disk.disk_id());
                 }
             }
         }

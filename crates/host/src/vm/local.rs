@@ -26,7 +26,7 @@ use crate::guest::process::{self, ProcessId, QemuProcess};
 use crate::guest::qmp::Qmp;
 use crate::guest::tap::Tap;
 use crate::records;
-use crate::volume::Volumes;
+use crate::volume::{Claim, Volumes};
 
 /// How long QMP has to answer when a QEMU is found again.
 const QMP_LIMIT: Duration = Duration::from_secs(10);
@@ -44,8 +44,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 pub struct VmDisk {
     /// The volume.
     pub volume: Name,
-    /// Its layer.
-    pub disk_id: DiskId,
+    /// Its writable layer: another one after each snapshot.
+    disk_id: Mutex<DiskId>,
     /// Where requests find the volume: empty at a target until COMMIT.
     pub slot: DeviceSlot,
     pub(super) socket: PathBuf,
@@ -88,12 +88,22 @@ impl VmDisk {
         };
         Self {
             volume: record.name.clone(),
-            disk_id: record.disk_id,
+            disk_id: Mutex::new(record.disk_id),
             slot: server.slot().clone(),
             socket,
             kind,
             server: Mutex::new(Some(server)),
         }
+    }
+
+    /// Its writable layer.
+    pub fn disk_id(&self) -> DiskId {
+        *self.disk_id.lock()
+    }
+
+    /// It is served from another layer now.
+    pub(crate) fn set_disk_id(&self, disk_id: DiskId) {
+        *self.disk_id.lock() = disk_id;
     }
 
     /// Has pages of guest RAM that the disk's reads write marked, or no longer. Over NBD QEMU itself writes them, and
@@ -190,13 +200,23 @@ pub(super) struct Found {
     pub run_dir: PathBuf,
 }
 
-/// Held while a VM is moved or stopped.
+/// Held while a VM is moved or stopped, or a snapshot of a volume of it is made.
 pub struct Busy {
     vm: Arc<LocalVm>,
+    claim: Option<Claim>,
+}
+
+impl Busy {
+    /// Has its volumes reserved for as long as it is.
+    pub(crate) fn hold(&mut self, claim: Claim) {
+        self.claim = Some(claim);
+    }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
+        // The volumes first: whoever finds the VM free finds them free.
+        self.claim = None;
         self.vm.busy.store(false, Ordering::Release);
     }
 }
@@ -297,7 +317,7 @@ impl LocalVm {
         }
         for disk in self.disks.iter().filter(|disk| !keep(&disk.volume)) {
             disk.stop();
-            volumes.close(disk.disk_id);
+            volumes.close(disk.disk_id());
         }
         let _ = fs::remove_file(record_path(config, &self.name));
         let _ = fs::remove_dir_all(&self.run_dir);
@@ -438,7 +458,7 @@ impl LocalVm {
             )
             .hint("see `whimbrel task list`"));
         }
-        Ok(Busy { vm: Arc::clone(self) })
+        Ok(Busy { vm: Arc::clone(self), claim: None })
     }
 
     /// The end that comes is wanted: the VM is stopped, not crashed.
@@ -481,7 +501,7 @@ impl LocalVm {
                 continue;
             }
             // An open layer needs no word of the store: it is ours until somebody fences it.
-            let layer = match volumes.opened(disk.disk_id).filter(|layer| !layer.is_fenced()) {
+            let layer = match volumes.opened(disk.disk_id()).filter(|layer| !layer.is_fenced()) {
                 Some(layer) => layer,
                 None => {
                     let what = format!("volume {}", disk.volume);
@@ -552,12 +572,12 @@ impl LocalVm {
             tracing::error!(vm = %self.name, %error, "QEMU does not end");
         }
         for disk in &self.disks {
-            volumes.stop_waiting(disk.disk_id);
+            volumes.stop_waiting(disk.disk_id());
             if let Err(error) = disk.slot.fence(FENCE_LIMIT) {
                 tracing::warn!(vm = %self.name, volume = %disk.volume, %error, "disk closed under a running request");
             }
             disk.stop();
-            volumes.close(disk.disk_id);
+            volumes.close(disk.disk_id());
         }
     }
 

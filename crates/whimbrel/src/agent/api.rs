@@ -25,7 +25,7 @@ use axum::extract::{FromRequest, MatchedPath, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use serde::de::DeserializeOwned;
 use whimbrel_host::{Error, ErrorKind};
 use whimbrel_wire::{Role, WireError};
@@ -69,6 +69,9 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/volumes/import", post(volumes::import))
         .route("/volumes/{name}", get(volumes::show).delete(volumes::remove))
         .route("/volumes/{name}/check", post(volumes::check))
+        .route("/volumes/{name}/snapshots", post(volumes::snapshot))
+        .route("/volumes/{name}/snapshots/{snapshot}", delete(volumes::snapshot_remove))
+        .route("/volumes/{name}/relink", post(volumes::relink))
         .route("/volumes/{name}/export", post(volumes::export))
         .route("/volumes/{name}/attach", post(volumes::attach))
         .route("/volumes/{name}/detach", post(volumes::detach))

@@ -226,7 +226,8 @@ impl Node {
             let result = async {
                 let unfinished = node.migrations.unfinished()?;
                 node.migrations.recover().await?;
-                node.vms.pick_up(&unfinished).await
+                node.vms.pick_up(&unfinished).await?;
+                node.resume_removals().await
             };
             if let Err(error) = result.await {
                 tracing::error!(%error, "not everything that ran before was picked up");

@@ -87,6 +87,21 @@ fn line(task: &Task) -> String {
     line
 }
 
+/// Seconds since 1970 as a date and time of UTC.
+pub fn show_time(wall_s: u64) -> String {
+    let (days, second) = (wall_s / 86_400, wall_s % 86_400);
+    // Howard Hinnant's civil_from_days, for years after 1970.
+    let z = days + 719_468;
+    let (era, of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let day_of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let (day, month) =
+        (day_of_year - (153 * shifted + 2) / 5 + 1, if shifted < 10 { shifted + 3 } else { shifted - 9 });
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02} UTC", second / 3600, second % 3600 / 60)
+}
+
 #[cfg(test)]
 mod test {
     use super::*;
@@ -98,5 +113,19 @@ mod test {
             &[vec!["web-server".into(), "running".into()], vec!["a".into(), "x".into()]],
         );
         assert_eq!(text, "NAME        STATE\nweb-server  running\na           x\n");
+    }
+
+    #[test]
+    fn a_time_is_shown_as_the_calendar_says() {
+        // From `date -u -d @N`.
+        for (wall_s, shown) in [
+            (0, "1970-01-01 00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59 UTC"),
+            (951_782_400, "2000-02-29 00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00 UTC"),
+        ] {
+            assert_eq!(show_time(wall_s), shown);
+        }
     }
 }

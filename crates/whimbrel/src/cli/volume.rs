@@ -4,29 +4,33 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use whimbrel_wire::api::{
-    Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
+    Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeLayer,
+    VolumeRelink, VolumeSnapshot,
 };
 use whimbrel_wire::size::{parse_bytes, show_bytes};
-use whimbrel_wire::{ImageRef, Name};
+use whimbrel_wire::{ImageRef, Name, SnapshotRef};
 
 use super::Context;
 use super::image::absolute;
-use super::show::{fields, table};
+use super::show::{fields, show_time, table};
 use super::task::wait_for;
 
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
-    /// Make a volume over an image, or an empty one.
+    /// Make a volume over an image, from a snapshot of another volume, or an empty one.
     Create {
         /// Its name.
         name: Name,
         /// The image under it: `NAME[:TAG]`
-        #[arg(long, required_unless_present = "size")]
+        #[arg(long, required_unless_present_any = ["size", "from"])]
         image: Option<ImageRef>,
-        /// Size of the disk (with --image: not smaller than the image).
+        /// Size of the disk (with --image or --from: not smaller than that).
         #[arg(long, value_parser = parse_bytes)]
         size: Option<u64>,
+        /// The snapshot that it goes on from: `VOLUME@SNAPSHOT`
+        #[arg(long, value_name = "SNAPSHOT", conflicts_with = "image")]
+        from: Option<SnapshotRef>,
     },
     /// All volumes.
     List,
@@ -39,6 +43,26 @@ pub enum VolumeCommand {
     Check {
         /// Its name.
         name: Name,
+    },
+    /// Keep the volume's present state as a snapshot, while it is in use: the guest's file systems are frozen for it
+    /// if the guest has an agent (qemu-guest-agent).
+    Snapshot {
+        /// The volume.
+        volume: Name,
+        /// The snapshot's name; `snap-N` if not given.
+        #[arg(long, value_name = "S")]
+        name: Option<Name>,
+        /// Do not ask the guest to freeze its file systems.
+        #[arg(long)]
+        no_quiesce: bool,
+    },
+    /// Show which layers under a volume are no longer what it was made over, and accept them.
+    Relink {
+        /// Its name.
+        name: Name,
+        /// You have seen that the content under a layer changed, and want what the volume reads now.
+        #[arg(long)]
+        accept_changed_parent: bool,
     },
     /// Make a volume from a disk image file.
     Import {
@@ -88,10 +112,13 @@ pub enum VolumeCommand {
         /// Its name.
         name: Name,
     },
-    /// Delete a volume and its data.
+    /// Delete a volume with its snapshots and all data, or one snapshot.
     Remove {
-        /// Its name.
-        name: Name,
+        /// `VOLUME` or `VOLUME@SNAPSHOT`
+        name: String,
+        /// Of a snapshot: print the task and return at once.
+        #[arg(long)]
+        no_wait: bool,
     },
 }
 
@@ -99,8 +126,8 @@ pub enum VolumeCommand {
 pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()> {
     let client = &context.client;
     match command {
-        VolumeCommand::Create { name, image, size } => {
-            let body = VolumeCreate { name, image, size_bytes: size };
+        VolumeCommand::Create { name, image, size, from } => {
+            let body = VolumeCreate { name, image, size_bytes: size, from };
             let volume: Volume = client.post("/v1/volumes", &body).await?;
             context.print(&volume, describe)
         }
@@ -136,6 +163,24 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             )
             .into())
         }
+        VolumeCommand::Snapshot { volume, name, no_quiesce } => {
+            let body = VolumeSnapshot { name, no_quiesce };
+            let volume: Volume = client.post(&format!("/v1/volumes/{volume}/snapshots"), &body).await?;
+            context.print(&volume, |volume| {
+                let newest = volume.chain.first();
+                let name = newest.and_then(|layer| layer.snapshot.as_ref()).map_or("", Name::as_str);
+                let how = match newest.is_some_and(|layer| layer.quiesced) {
+                    true => "file systems were frozen",
+                    false => "as after a crash",
+                };
+                format!("{}@{name} made ({how})", volume.name)
+            })
+        }
+        VolumeCommand::Relink { name, accept_changed_parent } => {
+            let body = VolumeRelink { accept_changed_parent };
+            let volume: Volume = client.post(&format!("/v1/volumes/{name}/relink"), &body).await?;
+            context.print(&volume, |volume| format!("{}: every link holds", volume.name))
+        }
         VolumeCommand::Import { name, file, format, no_wait } => {
             let body = VolumeImport { name, file: absolute(&file)?, format };
             let started: TaskStarted = client.post("/v1/volumes/import", &body).await?;
@@ -157,7 +202,14 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             let volume: Volume = client.post(&format!("/v1/volumes/{name}/detach"), &()).await?;
             context.print(&volume, |volume| format!("{} detached", volume.name))
         }
-        VolumeCommand::Remove { name } => {
+        VolumeCommand::Remove { name, no_wait } if name.contains('@') => {
+            let SnapshotRef { volume, snapshot } = name.parse()?;
+            let started: TaskStarted =
+                client.delete(&format!("/v1/volumes/{volume}/snapshots/{snapshot}")).await?;
+            wait_for(context, &started, no_wait).await
+        }
+        VolumeCommand::Remove { name, no_wait: _ } => {
+            let name: Name = name.parse()?;
             let volume: Volume = client.delete(&format!("/v1/volumes/{name}")).await?;
             context.print(&volume, |volume| format!("{} removed", volume.name))
         }
@@ -176,7 +228,7 @@ fn row(volume: &Volume) -> Vec<String> {
 }
 
 fn describe(volume: &Volume) -> String {
-    fields(&[
+    let mut text = fields(&[
         ("volume", volume.name.to_string()),
         ("disk id", volume.disk_id.to_string()),
         ("data id", volume.data_id.to_string()),
@@ -188,5 +240,26 @@ fn describe(volume: &Volume) -> String {
         ("depends on", volume.depends_on.as_ref().map_or_else(|| "-".into(), ToString::to_string)),
         ("layer on disk", volume.layer_bytes.map_or_else(|| "-".into(), show_bytes)),
         ("exports", volume.exports.join(" ")),
-    ])
+    ]);
+    if !volume.chain.is_empty() {
+        let rows: Vec<Vec<String>> = volume.chain.iter().map(|layer| layer_row(volume, layer)).collect();
+        text += "\n";
+        text += &table(&["LIES ON", "MADE", "ON DISK", "LAYER", ""], &rows);
+    }
+    text
+}
+
+fn layer_row(volume: &Volume, layer: &VolumeLayer) -> Vec<String> {
+    let notes = [(layer.quiesced, "file systems frozen"), (layer.removing, "being removed")];
+    let notes: Vec<&str> = notes.into_iter().filter(|(is, _)| *is).map(|(_, note)| note).collect();
+    vec![
+        layer
+            .snapshot
+            .as_ref()
+            .map_or_else(|| "another volume's".into(), |name| format!("{}@{name}", volume.name)),
+        show_time(layer.made_s),
+        layer.layer_bytes.map_or_else(|| "-".into(), show_bytes),
+        layer.disk_id.to_string(),
+        notes.join(", "),
+    ]
 }

@@ -14,8 +14,9 @@ use std::str::FromStr;
 
 use crate::api::DiskMove;
 use crate::error::{ErrorKind, WireError};
-use crate::id::{AttemptId, DataId, Epoch, HostId, Name};
+use crate::id::{AttemptId, DataId, DiskId, Epoch, HostId, Name};
 use crate::meta::{Mode, VmSpec};
+use crate::record::layer::Parent;
 
 /// Makes the enum of steps with everything that has to list all of them.
 macro_rules! steps {
@@ -276,6 +277,34 @@ pub struct DataOpen {
     /// The volume, for `migrate.layer`.
     #[serde(default)]
     pub volume: Option<Name>,
+    /// A layer under the volume's writable one, for `migrate.layer`: it goes ahead of that one.
+    #[serde(default)]
+    pub layer: Option<DiskId>,
+}
+
+/// A layer that goes ahead of the writable one that lies on it, on `migrate.layer`: what the target makes for it,
+/// unless it has it. The target answers with [`LayerHave`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerHead {
+    /// Its identity.
+    pub disk_id: DiskId,
+    /// What its readers see.
+    pub data_id: DataId,
+    /// What it lies on.
+    pub parent: Parent,
+    /// Size of the disk, bytes.
+    pub size_bytes: u64,
+    /// The epoch of its last writer.
+    pub epoch: Epoch,
+    /// Length of a segment, 4 KiB blocks.
+    pub segment_blocks: u32,
+}
+
+/// Whether the target has such a layer already, whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerHave {
+    /// Nothing needs to be sent.
+    pub have: bool,
 }
 
 /// What of a layer goes to the target during the pause if its blocks follow later, on `migrate.layer`: this, then the

@@ -31,6 +31,9 @@
 //! * A checkpoint is a cache: its header fields say from which place on the log is replayed. If it is damaged the
 //!   log is replayed from segment 0.
 //! * `data_id` in the header changes, durably, before the first record of a writable session.
+//! * A sealed layer is never written again, but for a merge that gives it a new `data_id` first. A child's header has
+//!   its parent's `disk_id` and `data_id`; while the child is merged into its parent the second linkage has the
+//!   parent's next `data_id`, and the link holds with either.
 //! * Versions: a reader refuses a header whose version it does not know, or with an unknown bit in
 //!   `features_required`; unknown bits in `features_ignorable` are kept as they are. Reserved bytes are zero.
 //!   Segments may be absent below `first_segment` (space reclaim), which is 0 in this version.
@@ -53,6 +56,8 @@ pub const BLOCK_BYTES: u64 = 4096;
 pub const BLOCK_LEN: usize = 4096;
 /// Entries in an index block, the group head included.
 pub const INDEX_ENTRIES: usize = 64;
+/// Logical sector of the disks, bytes.
+pub const SECTOR_BYTES: u32 = 512;
 /// Length of one entry, bytes.
 pub const ENTRY_LEN: usize = 64;
 /// The most a record's payload has; a longer write is several records.

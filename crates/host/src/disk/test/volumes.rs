@@ -1,8 +1,8 @@
-//! Chains of layers, and volumes over images.
+//! Volumes over images.
 
 use super::*;
 use crate::disk::{VolumeDir, VolumeSpec};
-use whimbrel_wire::{DiskId, ImageId};
+use whimbrel_wire::ImageId;
 
 const IMAGE: ImageId = ImageId([3; 32]);
 
@@ -44,34 +44,4 @@ fn a_volume_has_a_size_and_is_not_smaller_than_its_image() {
     assert_eq!(spec(None, Some(4096)).unwrap().size_bytes, 4096);
     assert_eq!(spec(None, None).unwrap_err().kind(), ErrorKind::InvalidInput);
     assert_eq!(spec(Some((IMAGE, 8192)), Some(4096)).unwrap_err().kind(), ErrorKind::InvalidInput);
-}
-
-#[test]
-fn a_parent_that_changed_under_its_child_is_refused() {
-    let dir = temp_dir();
-    let volumes = VolumeDir::new(dir.path()).unwrap();
-    let parent = spec(64 * BLOCK);
-    volumes.create(&parent).unwrap();
-    let open = |id: DiskId| volumes.open(id, None, Epoch(1), true);
-    let layer = open(parent.disk_id).unwrap();
-    write(&*layer, 0, &[1; 8192]).unwrap();
-    layer.close().unwrap();
-    let data_id = layer.info().data_id;
-    drop(layer);
-    let on = Parent::Layer { disk_id: parent.disk_id, data_id };
-    let child = LayerSpec { segment_blocks: 512, ..LayerSpec::new(on, 64 * BLOCK, Epoch(1)) };
-    volumes.create(&child).unwrap();
-    let layer = open(child.disk_id).unwrap();
-    write(&*layer, 4096, &[2; 4096]).unwrap();
-    assert_eq!(read(&*layer, 0, 8192), [[1; 4096], [2; 4096]].concat());
-    drop(layer);
-    // Opening the parent and reading it changes nothing; one write does.
-    drop(open(parent.disk_id).unwrap());
-    assert!(open(child.disk_id).is_ok());
-    write(&*open(parent.disk_id).unwrap(), 0, &[9; 512]).unwrap();
-    let error = open(child.disk_id).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Refused);
-    assert!(error.to_string().contains(&data_id.to_string()), "{error}");
-    let reports = volumes.check(child.disk_id, None).unwrap();
-    assert_eq!((reports.len(), reports[0].problems.len()), (2, 1));
 }

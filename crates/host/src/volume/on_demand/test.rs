@@ -1,78 +1,15 @@
 //! Two hosts with real links, files and metadata; their agents end and start again.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::net::SocketAddr;
-use std::path::Path;
 
-use tempfile::TempDir;
 use whimbrel_wire::api::VolumeCreate;
-use whimbrel_wire::{Name, Role};
 
+use super::super::test_cluster::{Agent, Cluster, name};
 use super::*;
 use crate::block_dev::{BlockDev, BlockRead};
-use crate::cluster::Authority;
-use crate::link::{LinkOptions, Listening};
-use crate::meta::MetaStore;
-use crate::meta::sqlite::SqliteStore;
-use crate::store::{Store, StoreConfig};
 
 const BLOCK: usize = 4096;
 const SIZE: usize = 16 << 20;
-
-fn name(text: &str) -> Name {
-    text.parse().unwrap()
-}
-
-/// A host's agent.
-struct Agent {
-    volumes: Volumes,
-    store: Arc<Store>,
-    links: Links,
-    listening: Listening,
-}
-
-impl Agent {
-    /// Ends it, and waits until its connections are closed.
-    async fn end(self) {
-        self.store.stop().await;
-        drop(self);
-        short_wait().await;
-    }
-}
-
-struct Cluster {
-    authority: Authority,
-    meta: Arc<dyn MetaStore>,
-    dir: TempDir,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let meta = SqliteStore::open(&dir.path().join("meta.db")).unwrap();
-        Self { authority: Authority::generate(&name("test")).unwrap(), meta, dir }
-    }
-
-    fn data(&self, host: &str) -> std::path::PathBuf {
-        self.dir.path().join(host)
-    }
-
-    async fn agent(&self, host: &str, address: &str) -> Agent {
-        let links =
-            Links::new(self.authority.credentials(Role::Host, &name(host)).unwrap(), LinkOptions::default())
-                .unwrap();
-        let data: &Path = &self.data(host);
-        let config = StoreConfig::new(data, name(host));
-        let store = Store::open(config, Arc::clone(&self.meta), Arc::new(links.clone())).await.unwrap();
-        let meta = Arc::clone(&self.meta);
-        let volumes =
-            Volumes::new(name(host), data, data.join("run"), meta, Arc::clone(&store), links.clone())
-                .unwrap();
-        let address: SocketAddr = address.parse().unwrap();
-        let listening = links.listen(address, volumes.register(Router::new())).await.unwrap();
-        Agent { volumes, store, links, listening }
-    }
-}
 
 /// The record as COMMIT makes it.
 fn passed(record: &VolumeRecord, to: &str) -> VolumeRecord {
@@ -82,7 +19,7 @@ fn passed(record: &VolumeRecord, to: &str) -> VolumeRecord {
 
 /// A volume on host `a`, written here and there, and what it reads as.
 async fn written(a: &Agent) -> (VolumeRecord, Vec<u8>) {
-    let create = VolumeCreate { name: name("v"), image: None, size_bytes: Some(SIZE as u64) };
+    let create = VolumeCreate { name: name("v"), image: None, size_bytes: Some(SIZE as u64), from: None };
     let record = a.volumes.create(&create).await.unwrap();
     let layer = a.volumes.open(&record).await.unwrap();
     let mut oracle = vec![0; SIZE];

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use whimbrel_wire::Name;
 use whimbrel_wire::api::{
-    Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
+    Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeRelink,
+    VolumeSnapshot,
 };
+use whimbrel_wire::{Name, SnapshotRef};
 
 use super::{Agent, Answer, JsonBody, answer};
 
@@ -34,6 +35,29 @@ pub async fn show(State(agent): State<Arc<Agent>>, Path(name): Path<Name>) -> An
 
 pub async fn check(State(agent): State<Arc<Agent>>, Path(name): Path<Name>) -> Answer<VolumeCheck> {
     answer(agent.node()?.volume_check(&name).await?)
+}
+
+pub async fn snapshot(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<Name>,
+    JsonBody(request): JsonBody<Option<VolumeSnapshot>>,
+) -> Answer<Volume> {
+    answer(agent.node()?.volume_snapshot(&name, request.unwrap_or_default()).await?)
+}
+
+pub async fn snapshot_remove(
+    State(agent): State<Arc<Agent>>,
+    Path((volume, snapshot)): Path<(Name, Name)>,
+) -> Answer<TaskStarted> {
+    answer(agent.node()?.snapshot_remove(SnapshotRef { volume, snapshot }).await?)
+}
+
+pub async fn relink(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<Name>,
+    JsonBody(request): JsonBody<Option<VolumeRelink>>,
+) -> Answer<Volume> {
+    answer(agent.node()?.volume_relink(&name, request.unwrap_or_default()).await?)
 }
 
 pub async fn export(

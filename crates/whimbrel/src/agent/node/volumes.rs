@@ -6,11 +6,12 @@ use std::sync::Arc;
 use whimbrel_host::records;
 use whimbrel_host::volume::export_as;
 use whimbrel_host::{Error, ErrorKind, Result};
-use whimbrel_wire::Name;
 use whimbrel_wire::api::{
     Export, TaskKind, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
+    VolumeRelink, VolumeSnapshot,
 };
 use whimbrel_wire::meta::{VolumeRecord, key};
+use whimbrel_wire::{Name, SnapshotRef};
 
 use super::Node;
 use crate::agent::forward;
@@ -39,6 +40,65 @@ impl Node {
             return forward::post(self, &record.right.holder, format!("/v1/volumes/{name}/check"), &()).await;
         }
         self.volumes.check(&record).await
+    }
+
+    /// Takes a snapshot of a volume of this host.
+    pub async fn volume_snapshot(&self, name: &Name, request: VolumeSnapshot) -> Result<Volume> {
+        self.refuse_elsewhere(&self.volume_record(name).await?)?;
+        Ok(self.describe_volume(self.vms.snapshot_volume(name, &request).await?))
+    }
+
+    /// Removes a snapshot of a volume of this host.
+    pub async fn snapshot_remove(&self, snapshot: SnapshotRef) -> Result<TaskStarted> {
+        let record = self.volume_record(&snapshot.volume).await?;
+        self.refuse_elsewhere(&record)?;
+        if !record.layers.iter().any(|layer| layer.snapshot.as_ref() == Some(&snapshot.snapshot)) {
+            return Err(Error::new(ErrorKind::NotFound, format!("find snapshot {snapshot}: there is none"))
+                .hint(format!("see `whimbrel volume show {}`", snapshot.volume)));
+        }
+        Ok(self.begin_removal(snapshot))
+    }
+
+    /// Goes on with removals that an earlier process of this agent began.
+    pub async fn resume_removals(&self) -> Result<()> {
+        for snapshot in self.volumes.unfinished_removals().await? {
+            tracing::info!(%snapshot, "going on with the removal of a snapshot");
+            self.begin_removal(snapshot);
+        }
+        Ok(())
+    }
+
+    fn begin_removal(&self, snapshot: SnapshotRef) -> TaskStarted {
+        let task = self.tasks.start(TaskKind::Merge, format!("volume {snapshot}"));
+        let started = TaskStarted { task: task.id(), host: self.host.clone() };
+        let (volumes, task) = (self.volumes.clone(), Arc::new(task));
+        tokio::spawn(async move {
+            let result = volumes.remove_snapshot(&snapshot, &task).await;
+            task.end(&result);
+        });
+        started
+    }
+
+    /// Shows links under a volume that do not hold, or makes them hold.
+    pub async fn volume_relink(&self, name: &Name, request: VolumeRelink) -> Result<Volume> {
+        let record = self.volume_record(name).await?;
+        self.refuse_elsewhere(&record)?;
+        let accept = request.accept_changed_parent;
+        let broken = self.volumes.relink(name, accept).await?;
+        if accept || broken.is_empty() {
+            return Ok(self.describe_volume(self.volume_record(name).await?));
+        }
+        let links: Vec<String> = broken
+            .iter()
+            .map(|link| {
+                format!(
+                    "layer {} was made over content {} of layer {}, which now has {}",
+                    link.layer, link.was, link.parent, link.now
+                )
+            })
+            .collect();
+        Err(Error::new(ErrorKind::Refused, format!("relink volume {name}: {}", links.join("; ")))
+            .hint("what the volume reads may be a mixture; if it is wanted: --accept-changed-parent"))
     }
 
     /// Makes a volume from a file of this host.
@@ -121,6 +181,7 @@ impl Node {
             data_id: here.as_ref().map_or(record.data_id, |here| here.data_id),
             layer_bytes: here.as_ref().map(|here| here.layer_bytes),
             exports: self.volumes.exports(&record.name),
+            chain: self.volumes.chain(&record),
             name: record.name,
             disk_id: record.disk_id,
             size_bytes: record.size_bytes,

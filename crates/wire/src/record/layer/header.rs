@@ -8,6 +8,7 @@
 //! 160 clean end: present u8; 164 LogPoint (20 B)
 //! 192 checkpoint: present u8; 196 LogPoint; 216 number; 224 runs; 232 BLAKE3 (32 B)
 //! 272 receiving: ShipPosition (52 B)
+//! 328 sector_bytes   332 second linkage: present u8; 336 data id (16 B)
 //! ```
 
 use crate::error::{ErrorKind, WireError};
@@ -15,7 +16,7 @@ use crate::id::{DataId, DiskId, Epoch, ImageId};
 use crate::record::layer::field::{self, put};
 use crate::record::layer::log::LogPoint;
 use crate::record::layer::ship::ShipPosition;
-use crate::record::layer::{BLOCK_LEN, DISK_BYTES_MAX, VERSION};
+use crate::record::layer::{BLOCK_LEN, DISK_BYTES_MAX, SECTOR_BYTES, VERSION};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -47,6 +48,8 @@ pub enum State {
     Receiving(ShipPosition),
     /// Blocks named in `pull.map` are still at another host.
     Pulling,
+    /// A snapshot: other layers lie, or may lie, on it. Nobody writes it.
+    Sealed,
 }
 
 /// The layer was closed in order: its log ends exactly here.
@@ -80,6 +83,11 @@ pub struct Header {
     pub data_id: DataId,
     /// What the layer lies on.
     pub parent: Parent,
+    /// While this layer is merged into its parent: the content that the parent has from the merge's first change on.
+    /// The link holds with either of the two.
+    pub second_linkage: Option<DataId>,
+    /// Logical sector of the disk, bytes.
+    pub sector_bytes: u32,
     /// Size of the disk, bytes.
     pub size_bytes: u64,
     /// The newest epoch at which the layer was opened or fenced; older ones are refused.
@@ -133,6 +141,7 @@ impl Header {
                 put(to, 272, &position.encode());
             }
             State::Pulling => put(to, 112, &[2]),
+            State::Sealed => put(to, 112, &[3]),
         }
         match self.parent {
             Parent::None => {}
@@ -156,6 +165,11 @@ impl Header {
             put(to, 216, &checkpoint.number.to_le_bytes());
             put(to, 224, &checkpoint.runs.to_le_bytes());
             put(to, 232, &checkpoint.hash);
+        }
+        put(to, 328, &self.sector_bytes.to_le_bytes());
+        if let Some(second) = &self.second_linkage {
+            put(to, 332, &[1]);
+            put(to, 336, second.0.as_bytes());
         }
         let crc = checksum(to);
         put(to, 12, &crc.to_le_bytes());
@@ -198,6 +212,12 @@ impl Header {
                 }
                 other => return Err(newer(format!("parent kind {other}"))),
             },
+            second_linkage: (field::u8(from, 332) == 1).then(|| DataId(uuid_at(from, 336))),
+            // A layer made before the field was: they all had these.
+            sector_bytes: match field::u32(from, 328) {
+                0 => SECTOR_BYTES,
+                other => other,
+            },
             size_bytes: field::u64(from, 72),
             epoch: Epoch(field::u64(from, 80)),
             salt: field::u64(from, 88),
@@ -208,6 +228,7 @@ impl Header {
                 0 => State::Ready,
                 1 => State::Receiving(ShipPosition::decode(from.get(272..).unwrap_or_default())?),
                 2 => State::Pulling,
+                3 => State::Sealed,
                 other => return Err(newer(format!("state {other}"))),
             },
             clean_end: (field::u8(from, 160) == 1).then(|| LogPoint::decode(from, 164)),
@@ -223,6 +244,11 @@ impl Header {
             || header.size_bytes > DISK_BYTES_MAX
         {
             return Err(corrupt(&format!("a disk of {} bytes", header.size_bytes)));
+        }
+        if !matches!(header.sector_bytes, 512 | 4096)
+            || !header.size_bytes.is_multiple_of(header.sector_bytes.into())
+        {
+            return Err(corrupt(&format!("sectors of {} bytes", header.sector_bytes)));
         }
         if header.segment_blocks < 8 || !header.segment_blocks.is_power_of_two() {
             return Err(corrupt(&format!("segments of {} blocks", header.segment_blocks)));
@@ -267,6 +293,8 @@ mod test {
                 disk_id: DiskId(Uuid::from_u128(3)),
                 data_id: DataId(Uuid::from_u128(4)),
             },
+            second_linkage: Some(DataId(Uuid::from_u128(5))),
+            sector_bytes: 512,
             size_bytes: 10 << 30,
             epoch: Epoch(5),
             salt: 6,
@@ -287,8 +315,9 @@ mod test {
     #[test]
     fn a_header_reads_back() {
         for parent in [Parent::None, Parent::Image(ImageId([7; 32])), header().parent] {
-            for state in [State::Ready, State::Pulling, header().state] {
-                let header = Header { parent, state, ..header() };
+            for state in [State::Ready, State::Pulling, State::Sealed, header().state] {
+                let second_linkage = header().second_linkage.filter(|_| state != State::Ready);
+                let header = Header { parent, state, second_linkage, ..header() };
                 assert_eq!(Header::decode(header.encode().as_slice()).unwrap(), header);
             }
         }
