@@ -152,7 +152,7 @@ impl DeviceSlot {
     }
 
     /// As [`DeviceSlot::enter`], but waits up to `limit` for `activate`.
-    pub(super) fn enter_within(&self, limit: Duration) -> Option<Entered<'_>> {
+    pub(crate) fn enter_within(&self, limit: Duration) -> Option<Entered<'_>> {
         let deadline = Instant::now() + limit;
         loop {
             // Taken before the look, so that an `activate` in between is not missed.
@@ -190,7 +190,7 @@ fn still_running(limit: Duration) -> Error {
 }
 
 /// The disk, held against being fenced.
-pub(super) struct Entered<'a>(MappedRwLockReadGuard<'a, dyn BlockDev>);
+pub(crate) struct Entered<'a>(MappedRwLockReadGuard<'a, dyn BlockDev>);
 
 impl Deref for Entered<'_> {
     type Target = dyn BlockDev;

@@ -223,18 +223,9 @@ impl LayerCopy {
     }
 
     /// Sends a layer that nobody writes, unless the target has it; gives the bytes sent. Ends early, with an error, once
-    /// `stop` is set.
-    pub async fn ship_whole(mut self, stop: &AtomicBool) -> Result<u64> {
-        let spec = self.layer.spec();
-        let head = LayerHead {
-            disk_id: spec.disk_id,
-            data_id: spec.data_id,
-            parent: spec.parent,
-            size_bytes: spec.size_bytes,
-            epoch: spec.epoch,
-            segment_blocks: spec.segment_blocks,
-        };
-        data::write_json(&mut self.stream, &head).await?;
+    /// `stop` is set. `head` is what its header on disk says: a merge may have put it on another parent since it was opened.
+    pub async fn ship_whole(mut self, head: &LayerHead, stop: &AtomicBool) -> Result<u64> {
+        data::write_json(&mut self.stream, head).await?;
         self.stream.flush().await.context("send a layer's head")?;
         let answer: LayerHave = data::read_json(&mut self.stream).await?;
         if answer.have {

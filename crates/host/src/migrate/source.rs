@@ -24,7 +24,7 @@ use whimbrel_engine::migrate::handover::{
 };
 use whimbrel_wire::api::{DiskMove, VmMigrate};
 use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
-use whimbrel_wire::peer::migrate::{Control, DataOpen, StateHead};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, LayerHead, StateHead};
 use whimbrel_wire::{ErrorKind, Name};
 
 use super::copy::{After, Copying, LayerCopy, LayerMap, MemoryCopy};
@@ -283,7 +283,17 @@ impl SourceSide {
             };
             let stream =
                 self.shared.links.stream(&self.offer.target, service::LAYER, &open, OPEN_LIMIT).await?;
-            let sent = LayerCopy::new(record.name.clone(), layer, stream).ship_whole(&self.stop_copy).await?;
+            let header = self.shared.vms.volumes().dir().header(lower.disk_id)?;
+            let head = LayerHead {
+                disk_id: header.disk_id,
+                data_id: header.data_id,
+                parent: header.parent,
+                size_bytes: header.size_bytes,
+                epoch: header.epoch,
+                segment_blocks: header.segment_blocks,
+            };
+            let copy = LayerCopy::new(record.name.clone(), layer, stream);
+            let sent = copy.ship_whole(&head, &self.stop_copy).await?;
             self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
         }
         Ok(())

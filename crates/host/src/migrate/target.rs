@@ -16,13 +16,15 @@
 //! * The end of the waiting QEMU is told at once; one that was taken out of `vm` before it was ended is not told of.
 //! * Attempts of one VM follow each other: what a later one makes is not there before an earlier one's journal is gone.
 
+mod lower;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::{RwLock, watch};
 use tokio::task::AbortHandle;
 use whimbrel_engine::migrate::handover::{
@@ -30,8 +32,8 @@ use whimbrel_engine::migrate::handover::{
 };
 use whimbrel_wire::api::DiskMove;
 use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
-use whimbrel_wire::peer::migrate::{Control, DataOpen, LayerHave, LayerHead, PullHead, StateHead};
-use whimbrel_wire::{AttemptId, DiskId, Epoch, ErrorKind, Name};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, PullHead, StateHead};
+use whimbrel_wire::{AttemptId, Epoch, ErrorKind, Name};
 
 use super::data::{self, Chunk, service};
 use super::driver::{self, Events, Hands, WorkFailed};
@@ -39,7 +41,7 @@ use super::store::VolumeRecords;
 use super::{Shared, control};
 use crate::blocking::blocking;
 use crate::clock;
-use crate::disk::{BaseImage, LayerReceiver, LayerSpec, Received, ShipSeal};
+use crate::disk::{BaseImage, LayerReceiver, Received, ShipSeal};
 use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state::{self, Loader};
 use crate::guest::{launch, processor};
@@ -461,54 +463,6 @@ impl TargetSide {
         let result = finished.map(|received| {
             self.arrived.lock().layers.insert(name.clone(), received);
         });
-        data::write_result(&mut stream, &result).await?;
-        result
-    }
-
-    /// Receives a layer under a volume's writable one, unless it is here.
-    async fn receive_lower(
-        &self,
-        mut stream: PeerStream,
-        volume: Option<Name>,
-        disk_id: DiskId,
-    ) -> Result<()> {
-        let what = || format!("receive layer {disk_id}");
-        let _in_use = self.layers_in_use.read().await;
-        if *self.over.borrow() {
-            return Err(attempt_is_over());
-        }
-        let head: LayerHead = self.unless_over(data::read_json(&mut stream)).await?;
-        let name = volume.filter(|_| head.disk_id == disk_id);
-        let name =
-            name.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("{}: another came", what())))?;
-        let record = self.volumes.read(&name).await?;
-        if !record.layers.iter().any(|layer| layer.disk_id == disk_id) {
-            let why = format!("{}: volume {name} does not lie on it", what());
-            return Err(Error::new(ErrorKind::InvalidInput, why));
-        }
-        let spec = LayerSpec {
-            disk_id,
-            data_id: head.data_id,
-            parent: head.parent,
-            size_bytes: head.size_bytes,
-            epoch: head.epoch,
-            segment_blocks: head.segment_blocks,
-        };
-        let volumes = self.shared.vms.volumes().clone();
-        // Two VMs that come at once may lie on the same layer.
-        let _one = self.shared.lower.lock().await;
-        volumes.pin(&name, disk_id);
-        let have = volumes.has_lower(&spec)?;
-        data::write_json(&mut stream, &LayerHave { have }).await?;
-        stream.flush().await.context("say which layers are here")?;
-        if have {
-            return Ok(());
-        }
-        let receiver = volumes.lower_receiver(&spec)?;
-        let result = match self.take_chunks(&mut stream, receiver, &name).await? {
-            Ok(received) => blocking("seal a received layer", move || received.seal()).await,
-            Err(error) => Err(error),
-        };
         data::write_result(&mut stream, &result).await?;
         result
     }

@@ -78,12 +78,12 @@ fn new_layer(dir: &VolumeDir, parent: Parent) -> DiskId {
     spec.disk_id
 }
 
-impl Rig {
-    fn on(&self, layer: &Layer) -> Parent {
-        let info = layer.info();
-        Parent::Layer { disk_id: info.disk_id, data_id: info.data_id }
-    }
+fn on(layer: &Layer) -> Parent {
+    let info = layer.info();
+    Parent::Layer { disk_id: info.disk_id, data_id: info.data_id }
+}
 
+impl Rig {
     fn open(&self, disk_id: DiskId) -> Arc<Layer> {
         self.dir.open(disk_id, None, Epoch(1), true).unwrap()
     }
@@ -94,7 +94,7 @@ impl Rig {
             return;
         }
         below.settle_id().unwrap();
-        let id = new_layer(&self.dir, self.on(&below));
+        let id = new_layer(&self.dir, on(&below));
         let above =
             Layer::open(&self.dir.path(id), Some(Arc::clone(&below) as Arc<dyn BlockRead>), Epoch(1), true);
         below.seal().unwrap();
