@@ -119,22 +119,22 @@ fn holds(node: &Node, on: &Node) -> bool {
     node.parent == first || lies_on(node, on.disk_id) && node.second_linkage == Some(on.data_id)
 }
 
-fn refuse(why: String) -> WireError {
+fn refuse(why: &str) -> WireError {
     WireError::new(ErrorKind::Refused, format!("merge layers: {why}"))
         .hint("the layers no longer form one disk; see `whimbrel volume check`")
 }
 
 fn into_child(view: &View<'_>) -> Result<Step, WireError> {
-    let child = view.child.ok_or_else(|| refuse("the layer above is gone".to_owned()))?;
+    let child = view.child.ok_or_else(|| refuse("the layer above is gone"))?;
     let Some(layer) = view.layer else { return Ok(Step::Done(child.disk_id)) };
     if !lies_on(child, layer.disk_id) {
         return match child.parent == layer.parent {
             true => Ok(Step::Remove(layer.disk_id)),
-            false => Err(refuse(format!("layer {} does not lie on {}", child.disk_id, layer.disk_id))),
+            false => Err(refuse(&format!("layer {} does not lie on {}", child.disk_id, layer.disk_id))),
         };
     }
     if !holds(child, layer) {
-        return Err(refuse(format!(
+        return Err(refuse(&format!(
             "layer {} was made over another content of {} than {}",
             child.disk_id, layer.disk_id, layer.data_id
         )));
@@ -143,10 +143,10 @@ fn into_child(view: &View<'_>) -> Result<Step, WireError> {
 }
 
 fn into_parent(view: &View<'_>, fresh: DataId) -> Result<Step, WireError> {
-    let layer = view.layer.ok_or_else(|| refuse("the layer below is gone".to_owned()))?;
+    let layer = view.layer.ok_or_else(|| refuse("the layer below is gone"))?;
     let Some(child) = view.child else { return Ok(Step::Done(layer.disk_id)) };
     if !holds(child, layer) {
-        return Err(refuse(format!(
+        return Err(refuse(&format!(
             "layer {} was made over another content of {} than {}",
             child.disk_id, layer.disk_id, layer.data_id
         )));
