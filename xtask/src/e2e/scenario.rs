@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, errors, formats, kill, memory, nbd, no_space, on_demand, snapshots, swarm,
+    Context, IMAGE, Scenario, adopt, errors, formats, kill, memory, nbd, no_space, on_demand, snapshots,
+    swarm,
 };
 use crate::cmd::output;
 use crate::flight::Flight;

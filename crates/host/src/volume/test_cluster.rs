@@ -23,7 +23,7 @@ pub struct Agent {
     pub volumes: Volumes,
     pub store: Arc<Store>,
     pub links: Links,
-    listening: Listening,
+    pub(super) listening: Listening,
 }
 
 impl Agent {

@@ -168,7 +168,7 @@ proptest! {
         let remembered: Vec<Uuid> = remembered.into_iter().map(Uuid::from_u128).collect();
         let child = Member { file: "child.vhdx", data_write_id: Uuid::nil(), geometry: &own };
         let parent = Member { file: "base.vhdx", data_write_id: Uuid::from_u128(parent), geometry: &below };
-        let same = remembered.iter().any(|id| *id == parent.data_write_id);
+        let same = remembered.contains(&parent.data_write_id);
         match check_link(child, &remembered, parent) {
             Ok(()) => prop_assert!(same && sizes.0 == sizes.1 && sectors.0 == sectors.1),
             Err(error) => {

@@ -124,7 +124,7 @@ async fn a_disk_in_use_changes_layers_without_an_error_and_the_snapshot_is_one_m
                     let bytes = count.to_le_bytes().repeat(BLOCK / 8);
                     disk.write(block * BLOCK as u64, &[IoSlice::new(&bytes)]).unwrap();
                 }
-                if count % 8 == 0 {
+                if count.is_multiple_of(8) {
                     slot.enter_within(Duration::from_secs(20)).unwrap().flush().unwrap();
                 }
             }
