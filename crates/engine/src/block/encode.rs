@@ -34,7 +34,7 @@ pub const LEVELS: [i32; 4] = [-5, -1, 1, 3];
 pub const RATIO_MAX: f64 = 0.95;
 
 /// A block of which a sample shrinks to this share is compressed whatever the link's speed. Measured over TLS on
-/// loopback: reading a byte costs 0.4 ns, having it on the wire both ends together 3, [`BARGAIN_LEVEL`] and its undoing
+/// loopback: reading a byte costs 0.4 ns, having it on the wire both ends together 3, the level of bargains and its undoing
 /// 1.5. At a half that comes to the same, at 0.85 it takes a quarter longer: what is given up for fewer bytes elsewhere
 /// too. Samples promise a little less than the whole keeps.
 pub const BARGAIN_RATIO: f64 = 0.9;

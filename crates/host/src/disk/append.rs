@@ -128,6 +128,11 @@ impl Log {
         record: &Record<'_>,
         durable_seq: u64,
     ) -> Result<Appended, AppendError> {
+        // Whoever reads the log would take it for the log's end.
+        if !(record.offset_bytes | record.length_bytes).is_multiple_of(BLOCK_BYTES) {
+            let text = format!("append to layer {}: a record of odd blocks", self.ident.disk_id);
+            return Err(AppendError::Unchanged(Error::new(ErrorKind::Internal, text)));
+        }
         let blocks = match record.payload {
             Some(_) => u32::try_from(record.length_bytes / BLOCK_BYTES).unwrap_or(u32::MAX),
             None => 0,

@@ -510,22 +510,22 @@ impl Layer {
         }
         self.ready_to_write()?;
         let end = offset + length;
-        let first_whole = offset.next_multiple_of(BLOCK_BYTES).min(end);
+        let first_whole = offset.next_multiple_of(BLOCK_BYTES);
         // The last block of the disk may be short; what lies behind the end is nobody's.
         let last_whole = if end == self.size_bytes { end.next_multiple_of(BLOCK_BYTES) } else { end };
-        let last_whole = (last_whole / BLOCK_BYTES * BLOCK_BYTES).max(first_whole);
+        let last_whole = last_whole / BLOCK_BYTES * BLOCK_BYTES;
         let edge = |from: u64, to: u64| -> Result<()> {
             let zeros = [IoSlice::new(ZEROS.get(..(to - from) as usize).unwrap_or_default())];
             if from < to { self.put_part(from, &zeros, to - from, false).map(|_| ()) } else { Ok(()) }
         };
-        edge(offset, first_whole)?;
+        edge(offset, first_whole.min(end))?;
         if first_whole < last_whole {
             let length_bytes = last_whole - first_whole;
             let record = Record { offset_bytes: first_whole, length_bytes, payload: None };
             let mut log = self.log_for_write()?;
             self.append(&mut log, &record)?;
         }
-        edge(last_whole.min(end), end)
+        edge(last_whole.max(first_whole).min(end), end)
     }
 
     /// Whether nothing needs to be done for the range to read as zeros.

@@ -175,3 +175,21 @@ fn a_partial_write_over_a_block_that_is_not_here_does_not_wait() {
     expected[512..1024].fill(9);
     assert_eq!(read(&*layer, 0, 4096), expected);
 }
+
+/// The disk ends in the middle of a block, and so does what is zeroed: nothing after it may be lost.
+#[test]
+fn the_last_sectors_of_a_disk_are_zeroed_like_others() {
+    let last = SIZE / 512;
+    for (sector, sectors) in
+        [(last - 1, 1), (last - 2, 2), (last - 2, 1), (last - 3, 3), (last - 9, 9), (last - 12, 12)]
+    {
+        for discard in [false, true] {
+            for with_base in [false, true] {
+                let write = |sector, fill| Step::Write { sector, sectors: 1, fill, slices: 1 };
+                let steps = [write(last - 1, 1), Step::Zero { sector, sectors, discard }, write(0, 2)];
+                run(&steps, with_base);
+                run(&steps[1..], with_base);
+            }
+        }
+    }
+}
