@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use whimbrel_wire::api::{Export, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport};
-use whimbrel_wire::meta::{ImageParent, VolumeRecord, key};
+use whimbrel_wire::meta::{ImageParent, LayerRecord, VolumeRecord, key};
 use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
 
@@ -142,31 +142,44 @@ impl Volumes {
         };
         let spec = spec.layer().with_context(action)?;
         shared.dir.create(&spec).with_context(action)?;
-        let record = VolumeRecord {
-            name: request.name.clone(),
-            disk_id: spec.disk_id,
-            data_id: spec.data_id,
-            size_bytes: spec.size_bytes,
-            image: image.map(|image| ImageParent {
-                image: image.image,
-                id: image.id,
-                store_url: image.store_url,
-            }),
-            layers: Vec::new(),
-            right: Right {
-                object: Object::Layer(spec.disk_id),
-                holder: shared.host.clone(),
-                epoch: Epoch(1),
-            },
-            attached_to: None,
-            depends_on: None,
-        };
-        let mut change = Change::default().create(&key::volume(&record.name), &record)?;
+        let image =
+            image.map(|image| ImageParent { image: image.image, id: image.id, store_url: image.store_url });
+        let mut change = Change::default();
         if let Some(named) = &named {
             // Without its name the image might be collected before anybody sees that this volume needs it.
             change = change.require(named);
         }
-        let made = change.commit_or_refuse(&*shared.meta, &action()).await;
+        self.add_record(&request.name, &spec, (image, Vec::new()), change, &action()).await
+    }
+
+    /// Makes the record of a volume whose layer was just made here, on this image and these layers, if `change` holds;
+    /// otherwise the layer goes again.
+    async fn add_record(
+        &self,
+        name: &Name,
+        spec: &LayerSpec,
+        (image, layers): (Option<ImageParent>, Vec<LayerRecord>),
+        change: Change,
+        action: &str,
+    ) -> Result<VolumeRecord> {
+        let shared = &self.shared;
+        let record = VolumeRecord {
+            name: name.clone(),
+            disk_id: spec.disk_id,
+            data_id: spec.data_id,
+            size_bytes: spec.size_bytes,
+            image,
+            layers,
+            right: Right {
+                object: Object::Layer(spec.disk_id),
+                holder: shared.host.clone(),
+                epoch: spec.epoch,
+            },
+            attached_to: None,
+            depends_on: None,
+        };
+        let change = change.create(&key::volume(name), &record)?;
+        let made = change.commit_or_refuse(&*shared.meta, action).await;
         if made.is_err() {
             let _ = shared.dir.remove(spec.disk_id);
         }

@@ -21,6 +21,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use uuid::Uuid;
 use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
 use whimbrel_engine::disk::identity;
+use whimbrel_wire::peer::migrate::LayerHead;
 use whimbrel_wire::record::layer::{BLOCK_BYTES, BLOCK_LEN, Header, PAYLOAD_BYTES_MAX, Run, State};
 use whimbrel_wire::{DataId, Epoch};
 
@@ -280,15 +281,7 @@ impl Layer {
     /// What another host needs to make the same layer.
     pub fn spec(&self) -> LayerSpec {
         let header = self.header.lock();
-        let header = header.get();
-        LayerSpec {
-            disk_id: header.disk_id,
-            data_id: header.data_id,
-            parent: header.parent,
-            size_bytes: header.size_bytes,
-            epoch: header.epoch,
-            segment_blocks: header.segment_blocks,
-        }
+        LayerHead::from(header.get()).into()
     }
 
     /// Moves the gate, with no append under way afterwards.

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use whimbrel_wire::peer::migrate::LayerHead;
 use whimbrel_wire::record::layer::{
     DISK_BYTES_MAX, Header, LogPoint, Parent, SECTOR_BYTES, SEGMENT_BLOCKS, State,
 };
@@ -26,6 +27,13 @@ pub struct LayerSpec {
     pub epoch: Epoch,
     /// Length of a segment, 4 KiB blocks: a power of two, at least 512 (larger than the largest record).
     pub segment_blocks: u32,
+}
+
+impl From<LayerHead> for LayerSpec {
+    fn from(head: LayerHead) -> Self {
+        let LayerHead { disk_id, data_id, parent, size_bytes, epoch, segment_blocks } = head;
+        Self { disk_id, data_id, parent, size_bytes, epoch, segment_blocks }
+    }
 }
 
 impl LayerSpec {

@@ -48,8 +48,6 @@ use crate::vm::{Busy, LocalVm};
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// So long the target has to say why it closed a stream before the closing itself is the reason.
 const WORD_WAIT: Duration = Duration::from_millis(300);
-/// Between the guest's first step at the target and the end of its QEMU here.
-const RELEASE_AFTER: Duration = Duration::from_millis(400);
 /// How long the record is waited for where it is only a hint.
 const RECORD_LIMIT: Duration = Duration::from_millis(500);
 /// How long a running disk request has to end when the guest is paused.
@@ -284,14 +282,7 @@ impl SourceSide {
             let stream =
                 self.shared.links.stream(&self.offer.target, service::LAYER, &open, OPEN_LIMIT).await?;
             let header = self.shared.vms.volumes().dir().header(lower.disk_id)?;
-            let head = LayerHead {
-                disk_id: header.disk_id,
-                data_id: header.data_id,
-                parent: header.parent,
-                size_bytes: header.size_bytes,
-                epoch: header.epoch,
-                segment_blocks: header.segment_blocks,
-            };
+            let head = LayerHead::from(&header);
             let copy = LayerCopy::new(record.name.clone(), layer, stream);
             let sent = copy.ship_whole(&head, &self.stop_copy).await?;
             self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
@@ -554,8 +545,6 @@ impl SourceSide {
     }
 
     async fn release(&self) -> Result<()> {
-        // To end a QEMU and free its memory takes a processor for a while: the guest goes first.
-        tokio::time::sleep(RELEASE_AFTER).await;
         self.state_stream.lock().await.take();
         self.qemu_stream.lock().await.take();
         let copying = self.copying.lock().await.take();

@@ -355,27 +355,10 @@ impl Volumes {
         })
         .await
         .with_context(action)?;
-        let record = VolumeRecord {
-            name: request.name.clone(),
-            disk_id: spec.disk_id,
-            data_id: spec.data_id,
-            size_bytes,
-            image: source.value.image.clone(),
-            layers: chain.iter().map(|layer| LayerRecord { snapshot: None, ..layer.clone() }).collect(),
-            right: Right {
-                object: Object::Layer(spec.disk_id),
-                holder: shared.host.clone(),
-                epoch: Epoch(1),
-            },
-            attached_to: None,
-            depends_on: None,
-        };
-        let change = Change::default().create(&key::volume(&record.name), &record)?.require(&source);
-        let made = change.commit_or_refuse(&*shared.meta, &action()).await;
-        if made.is_err() {
-            let _ = shared.dir.remove(spec.disk_id);
-        }
-        made.map(|()| record)
+        let layers = chain.iter().map(|layer| LayerRecord { snapshot: None, ..layer.clone() }).collect();
+        let below = (source.value.image.clone(), layers);
+        let change = Change::default().require(&source);
+        self.add_record(&request.name, &spec, below, change, &action()).await
     }
 
     /// Removes a snapshot: its blocks go into a neighbour, while the disk is in use.
@@ -427,11 +410,7 @@ impl Volumes {
             }
         }
         if !dependents.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("these volumes were made from it: {}", dependents.join(", ")),
-            )
-            .hint("remove them first, or move them to another host: they take what they need along"));
+            return Err(made_from("it", &dependents));
         }
         for other in &affected {
             self.must_be_local(&other.value)
@@ -542,11 +521,7 @@ impl Volumes {
         if names.is_empty() {
             return Ok(());
         }
-        Err(Error::new(
-            ErrorKind::Refused,
-            format!("{action}: these volumes were made from its snapshots: {}", names.join(", ")),
-        )
-        .hint("remove them first, or move them to another host: they take what they need along"))
+        Err(made_from("its snapshots", &names)).with_context(|| action.to_owned())
     }
 
     /// Layers that are kept although nothing here lies on them yet: they came for `volume`, and it follows.
@@ -661,6 +636,12 @@ impl Volumes {
     pub fn export_slot(&self, name: &Name) -> Option<DeviceSlot> {
         self.shared.exports.lock().get(name).map(|exported| exported.server.slot().clone())
     }
+}
+
+fn made_from(what: &str, volumes: &[String]) -> Error {
+    let text = format!("these volumes were made from {what}: {}", volumes.join(", "));
+    Error::new(ErrorKind::Refused, text)
+        .hint("remove them first, or move them to another host: they take what they need along")
 }
 
 fn named(record: &VolumeRecord) -> impl Iterator<Item = &LayerRecord> {

@@ -16,7 +16,7 @@ use crate::api::DiskMove;
 use crate::error::{ErrorKind, WireError};
 use crate::id::{AttemptId, DataId, DiskId, Epoch, HostId, Name};
 use crate::meta::{Mode, VmSpec};
-use crate::record::layer::Parent;
+use crate::record::layer::{Header, Parent};
 
 /// Makes the enum of steps with everything that has to list all of them.
 macro_rules! steps {
@@ -298,6 +298,19 @@ pub struct LayerHead {
     pub epoch: Epoch,
     /// Length of a segment, 4 KiB blocks.
     pub segment_blocks: u32,
+}
+
+impl From<&Header> for LayerHead {
+    fn from(header: &Header) -> Self {
+        Self {
+            disk_id: header.disk_id,
+            data_id: header.data_id,
+            parent: header.parent,
+            size_bytes: header.size_bytes,
+            epoch: header.epoch,
+            segment_blocks: header.segment_blocks,
+        }
+    }
 }
 
 /// Whether the target has such a layer already, whole.

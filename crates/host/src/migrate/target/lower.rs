@@ -36,14 +36,7 @@ impl TargetSide {
             let why = format!("{}: volume {name} does not lie on it", what());
             return Err(Error::new(ErrorKind::InvalidInput, why));
         }
-        let spec = LayerSpec {
-            disk_id,
-            data_id: head.data_id,
-            parent: head.parent,
-            size_bytes: head.size_bytes,
-            epoch: head.epoch,
-            segment_blocks: head.segment_blocks,
-        };
+        let spec = LayerSpec::from(head);
         let volumes = self.shared.vms.volumes().clone();
         // Two VMs that come at once may lie on the same layer.
         let _one = self.shared.lower.lock().await;
