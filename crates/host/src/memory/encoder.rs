@@ -57,6 +57,9 @@ pub struct Plan {
     /// Known to be data, not handed out yet.
     data: Range<u64>,
     look_for_holes: bool,
+    /// The extent with data of the current block that was found last; pages left out make many pieces of one, and
+    /// each look for its end would go over all of it.
+    extent: Range<u64>,
 }
 
 /// A piece of a round; its runs are of one block, ascending.
@@ -72,7 +75,7 @@ impl Plan {
     /// The plan to send `pages`, one set for each block. Holes are worth looking for in a round of whole blocks;
     /// what a guest has written is none.
     pub fn new(blocks: Arc<[RamFile]>, pages: &[PageBitmap], look_for_holes: bool) -> Self {
-        Self { blocks, left: pages.to_vec(), block: 0, page: 0, data: 0..0, look_for_holes }
+        Self { blocks, left: pages.to_vec(), block: 0, page: 0, data: 0..0, look_for_holes, extent: 0..0 }
     }
 
     /// The next piece, its pages in `runs`.
@@ -95,7 +98,7 @@ impl Plan {
                     if !runs.is_empty() {
                         break;
                     }
-                    (self.block, self.page) = (self.block + 1, 0);
+                    (self.block, self.page, self.extent) = (self.block + 1, 0, 0..0);
                     continue;
                 }
                 self.page = data.end;
@@ -127,7 +130,7 @@ impl Plan {
     }
 
     /// What comes next in the current block: holes, then data; both empty at its end; nothing after the last block.
-    fn look(&self) -> Result<Option<(Range<u64>, Range<u64>)>> {
+    fn look(&mut self) -> Result<Option<(Range<u64>, Range<u64>)>> {
         let (Some(left), Some(ram)) = (self.left.get(self.block), self.blocks.get(self.block)) else {
             return Ok(None);
         };
@@ -135,10 +138,12 @@ impl Plan {
         if !self.look_for_holes {
             return Ok(Some((0..0, dirty)));
         }
-        Ok(Some(match ram.next_data(dirty.start, dirty.end)? {
-            Some(data) => (dirty.start..data.start, data),
-            None => (dirty, 0..0),
-        }))
+        if dirty.start >= self.extent.end {
+            // Behind the last data there is an extent too: an empty one at the end.
+            self.extent = ram.next_data(dirty.start, ram.pages())?.unwrap_or(ram.pages()..u64::MAX);
+        }
+        let data = dirty.start.max(self.extent.start).min(dirty.end)..dirty.end.min(self.extent.end);
+        Ok(Some((dirty.start..data.start, data)))
     }
 
     fn index(&self) -> u16 {
