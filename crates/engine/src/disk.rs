@@ -3,4 +3,5 @@
 pub mod extent_map;
 pub mod identity;
 pub mod merge;
+pub mod reclaim;
 pub mod vhdx;

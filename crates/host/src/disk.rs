@@ -23,6 +23,7 @@
 //! (`export`).
 
 mod append;
+mod background;
 mod chain;
 mod check;
 mod checkpoint;
@@ -39,6 +40,7 @@ mod slices;
 mod spec;
 mod volume;
 
+pub use background::{ReclaimHold, Reclaimed};
 pub use chain::Relinked;
 pub use check::{Report, check};
 pub use layer::{Layer, remove};

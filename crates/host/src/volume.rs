@@ -74,7 +74,7 @@ struct Exported {
 pub struct VolumeFigures {
     /// What a reader sees.
     pub data_id: DataId,
-    /// Length of the layer's log.
+    /// What the layer takes on disk.
     pub layer_bytes: u64,
 }
 
@@ -346,13 +346,16 @@ impl Volumes {
                 Layer::open(&self.shared.dir.path(record.disk_id), None, Epoch(u64::MAX), false).ok()?.info()
             }
         };
-        Some(VolumeFigures { data_id: info.data_id, layer_bytes: info.log_bytes })
+        let layer_bytes = self.shared.dir.disk_bytes(record.disk_id).unwrap_or(info.log_bytes);
+        Some(VolumeFigures { data_id: info.data_id, layer_bytes })
     }
 
     /// Verifies all invariants of a volume that is here.
     pub async fn check(&self, record: &VolumeRecord) -> Result<VolumeCheck> {
         let (dir, id, image) =
             (self.shared.dir.clone(), record.disk_id, record.image.as_ref().map(|image| image.id));
+        // Space that is freed under the check would look like damage.
+        let _hold = self.opened(record.disk_id).map(|layer| layer.hold_reclaim());
         let reports = blocking("check a volume", move || dir.check(id, image)).await;
         let reports = reports.with_context(|| format!("check volume {}", record.name))?;
         let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));

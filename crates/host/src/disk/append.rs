@@ -175,7 +175,7 @@ impl Log {
                     ErrorKind::NoSpace,
                     format!("append to layer {}: its log is full", self.ident.disk_id),
                 )
-                .hint("export the volume and import it again: the log of a layer holds 16 TiB")
+                .hint("take a snapshot of the volume, and remove it: it goes on on a new layer, whose log takes 16 TiB again")
             },
         )
     }

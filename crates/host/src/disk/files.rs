@@ -174,6 +174,26 @@ impl DataFile {
         Ok(self.file.metadata()?.len())
     }
 
+    /// Bytes that the file takes on disk.
+    pub(super) fn disk_bytes(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// Gives the space of a range back; it reads as zeros. The file keeps its length.
+    pub(super) fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
+        use rustix::fs::FallocateFlags;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, flags, offset, length)?;
+        #[cfg(test)]
+        record::note(self.recorder.as_deref(), || record::Op::Write {
+            name: self.name.clone(),
+            offset,
+            bytes: vec![0; usize::try_from(length).unwrap_or(0)],
+        });
+        Ok(())
+    }
+
     /// Writes all of `from` at `offset`. After an error an unknown part of it is written.
     pub(super) fn write(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()> {
         let length: usize = from.iter().map(|slice| slice.len()).sum();

@@ -12,6 +12,7 @@
 //!
 //! Not here: bytes on disk (`append`, `recover`, `wire::record::layer`), shipping (`ship`, `receive`, `pull`).
 
+use std::collections::BTreeMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -22,24 +23,24 @@ use uuid::Uuid;
 use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
 use whimbrel_engine::disk::identity;
 use whimbrel_wire::peer::migrate::LayerHead;
-use whimbrel_wire::record::layer::{BLOCK_BYTES, BLOCK_LEN, Header, PAYLOAD_BYTES_MAX, Run, State};
+use whimbrel_wire::record::layer::{BLOCK_BYTES, BLOCK_LEN, Header, PAYLOAD_BYTES_MAX, State};
 use whimbrel_wire::{DataId, Epoch};
 
 use super::append::{AppendError, Appended, Ident, Log, Record};
+use super::background::Reclaim;
 use super::files::{DataFile, Dir, sync_dir};
 use super::header_file::{HeaderFile, UpdateError};
 use super::recover;
+use super::slices;
 use super::spec::{LayerInfo, LayerSpec};
-use super::{checkpoint, slices};
 use crate::block_dev::{BlockDev, BlockRead, Extent};
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// Records after which a flush starts a checkpoint in the background.
-const CHECKPOINT_RECORDS: u64 = 1 << 20;
-/// Runs of the map dumped under one hold of its lock.
-const DUMP_RUNS: usize = 4096;
 /// Pieces of the map looked at under one hold of its lock when a caller asks for an extent.
 const EXTENT_PIECES: u32 = 1024;
+
+/// A reader looks a block up so often before it keeps holes from being punched.
+const READ_TRIES: u32 = 3;
 
 const CLEAN: u8 = 0;
 const OPEN: u8 = 1;
@@ -52,12 +53,13 @@ pub(super) const CLOSED: u8 = 5;
 #[derive(Debug)]
 pub(super) struct View {
     pub(super) map: ExtentMap,
-    pub(super) segments: Vec<Arc<DataFile>>,
+    /// By number; those that were freed are missing.
+    pub(super) segments: BTreeMap<u32, Arc<DataFile>>,
 }
 
 /// See the module's charter.
 pub struct Layer {
-    weak: Weak<Self>,
+    pub(super) weak: Weak<Self>,
     pub(super) dir: Dir,
     pub(super) ident: Ident,
     size_bytes: u64,
@@ -66,12 +68,13 @@ pub struct Layer {
     pub(super) view: RwLock<View>,
     pub(super) log: Mutex<Log>,
     pub(super) header: Mutex<HeaderFile>,
-    appended_seq: AtomicU64,
-    durable_seq: AtomicU64,
+    pub(super) appended_seq: AtomicU64,
+    pub(super) durable_seq: AtomicU64,
     syncing: Mutex<bool>,
     synced: Condvar,
-    checkpoint_seq: AtomicU64,
+    pub(super) checkpoint_seq: AtomicU64,
     pub(super) checkpointing: Mutex<()>,
+    pub(super) reclaim: Reclaim,
 }
 
 impl std::fmt::Debug for Layer {
@@ -123,6 +126,8 @@ impl Layer {
             }
             Ok(())
         })?;
+        // Other handles, such as a merge's, have readers beside them that do not know what was freed.
+        layer.reclaim.enabled.store(writable, Ordering::Release);
         Ok(layer)
     }
 
@@ -158,7 +163,7 @@ impl Layer {
         if writable {
             // What a dead process left in the page cache counts from here on, so it must be durable first.
             // Segments before the last one were durable when it was begun.
-            if let Some(last) = found.segments.last() {
+            if let Some((_, last)) = found.segments.last_key_value() {
                 last.sync().with_context(|| format!("open layer {}", file.get().disk_id))?;
             }
             file.update(|header| {
@@ -176,7 +181,7 @@ impl Layer {
             session: header.session,
             segment_blocks: header.segment_blocks,
         };
-        let last = found.segments.last().filter(|_| found.clean).cloned();
+        let last = found.segments.get(&found.end.segment).filter(|_| found.clean).cloned();
         let seq = found.end.seq - 1;
         let size_bytes = header.size_bytes;
         Ok(Arc::new_cyclic(|weak| Self {
@@ -194,6 +199,7 @@ impl Layer {
             synced: Condvar::new(),
             checkpoint_seq: AtomicU64::new(seq - found.replayed.min(seq)),
             checkpointing: Mutex::new(()),
+            reclaim: Reclaim::default(),
             header: Mutex::new(file),
         }))
     }
@@ -209,6 +215,7 @@ impl Layer {
         identity::may_open(header.disk_id, &header.state, header.epoch, epoch, true)?;
         self.update_header(|header| header.epoch = epoch)?;
         self.set_base(base);
+        self.reclaim.enabled.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -228,7 +235,7 @@ impl Layer {
             durable_seq: self.durable_seq.load(Ordering::Acquire),
             log_bytes: blocks * BLOCK_BYTES,
             map_bytes: self.view.read().map.heap_bytes() as u64,
-            writable: matches!(self.gate.load(Ordering::Acquire), CLEAN | OPEN),
+            writable: self.is_writable(),
         }
     }
 
@@ -303,6 +310,15 @@ impl Layer {
     /// The layer below from now on.
     pub(super) fn set_base(&self, base: Option<Arc<dyn BlockRead>>) {
         *self.base.write() = base;
+    }
+
+    /// Whether this handle may write.
+    pub fn is_writable(&self) -> bool {
+        matches!(self.gate(), CLEAN | OPEN)
+    }
+
+    pub(super) fn gate(&self) -> u8 {
+        self.gate.load(Ordering::Acquire)
     }
 
     pub(super) fn below(&self) -> Option<Arc<dyn BlockRead>> {
@@ -382,7 +398,7 @@ impl Layer {
         };
         let piece = if record.payload.is_some() { Piece::Data(place) } else { Piece::Zero };
         let mut view = self.view.write();
-        view.segments.extend(segment);
+        view.segments.extend(segment.map(|file| (log.point().segment, file)));
         view.map.set(record.offset_bytes / BLOCK_BYTES, record.length_bytes / BLOCK_BYTES, piece);
         drop(view);
         self.appended_seq.store(seq, Ordering::Release);
@@ -571,7 +587,7 @@ impl Layer {
         let view = self.view.read();
         let (piece, blocks) = view.map.lookup(block, blocks_max);
         let file = match piece {
-            Piece::Data(place) => view.segments.get((place / self.ident.segment_blocks) as usize).cloned(),
+            Piece::Data(place) => view.segments.get(&(place / self.ident.segment_blocks)).cloned(),
             Piece::Absent | Piece::Zero => None,
         };
         (piece, blocks, file)
@@ -586,8 +602,12 @@ impl Layer {
     ) -> Result<bool> {
         let end = offset + length;
         let mut at = offset;
+        let mut tries = 0;
         while at < end {
             let block = at / BLOCK_BYTES;
+            let punches = self.reclaim.punches.load(Ordering::SeqCst);
+            // A reader whom holes overtook again and again has them wait.
+            let held = (tries >= READ_TRIES).then(|| self.reclaim.punching.lock());
             let (piece, blocks, file) = self.find(block, end.div_ceil(BLOCK_BYTES) - block);
             let piece_end = ((block + blocks) * BLOCK_BYTES).min(end);
             let done = slices::window(into, at - offset, piece_end - at, |part, skip| match piece {
@@ -602,6 +622,13 @@ impl Layer {
                     self.read_segment(file.as_deref(), from, part)
                 }
             })?;
+            let punched = self.reclaim.punches.load(Ordering::SeqCst) != punches;
+            if matches!(piece, Piece::Data(_)) && held.is_none() && punched {
+                // It may have been replaced, and its place freed, while it was read: look again.
+                tries += 1;
+                continue;
+            }
+            tries = 0;
             if !done {
                 return Ok(false);
             }
@@ -628,51 +655,6 @@ impl Layer {
         }
         self.durable_seq.fetch_max(seq, Ordering::AcqRel);
         Ok(())
-    }
-
-    /// Saves the map, so that the next open replays only what comes after. Does nothing if that is under way.
-    pub fn checkpoint(&self) -> Result<()> {
-        let Some(_alone) = self.checkpointing.try_lock() else { return Ok(()) };
-        if self.gate.load(Ordering::Acquire) == CLOSED {
-            return Ok(());
-        }
-        self.checkpoint_alone()
-    }
-
-    pub(super) fn checkpoint_alone(&self) -> Result<()> {
-        if self.checkpoint_seq.load(Ordering::Acquire) == self.appended_seq.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let covers = self.log.lock().end();
-        let number = self.header.lock().get().checkpoint.map_or(0, |last| last.number + 1);
-        let dump = |from: u64, runs: &mut Vec<Run>| self.view.read().map.runs(from, DUMP_RUNS, runs);
-        let written = checkpoint::write(&self.dir, number, covers, dump);
-        let saved = written.inspect_err(|_| {
-            let _ = self.dir.remove(&checkpoint::name(number));
-        })?;
-        // The dump may hold records that came after `covers`; they must be as durable as it.
-        self.flush()?;
-        self.update_header(|header| header.checkpoint = Some(saved))?;
-        self.checkpoint_seq.store(covers.seq - 1, Ordering::Release);
-        checkpoint::sweep(&self.dir, Some(number))
-    }
-
-    /// Starts a checkpoint on a thread of its own if enough was appended since the last one.
-    fn checkpoint_if_due(&self) {
-        let since = self.durable_seq.load(Ordering::Acquire) - self.checkpoint_seq.load(Ordering::Acquire);
-        if since < CHECKPOINT_RECORDS || self.checkpointing.is_locked() {
-            return;
-        }
-        let Some(layer) = self.weak.upgrade() else { return };
-        let work = move || {
-            if let Err(problem) = layer.checkpoint() {
-                tracing::warn!(%problem, "layer: checkpoint failed; opening it will take longer");
-            }
-        };
-        let thread = std::thread::Builder::new().name("layer-checkpoint".to_owned()).spawn(work);
-        if let Err(problem) = thread {
-            tracing::warn!(%problem, "layer: no thread for a checkpoint");
-        }
     }
 }
 
@@ -761,7 +743,7 @@ impl BlockDev for Layer {
         *self.syncing.lock() = false;
         self.synced.notify_all();
         if result.is_ok() {
-            self.checkpoint_if_due();
+            self.work_if_due();
         }
         result
     }

@@ -330,6 +330,7 @@ impl Pull {
         self.layer.flush()?;
         self.layer.update_header(|header| header.state = State::Ready)?;
         self.layer.set_base(self.base.below.clone());
+        self.layer.reclaim.enabled.store(true, Ordering::Release);
         if self.layer.dir.has(MAP_NAME) {
             self.layer.dir.remove(MAP_NAME).context("remove pull.map")?;
         }

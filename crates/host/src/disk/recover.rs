@@ -10,7 +10,7 @@
 //!
 //! Not here: where the next record goes (`append`), the full verification of a layer (`check`).
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
@@ -36,7 +36,7 @@ pub(super) struct Group {
 #[derive(Debug)]
 pub(super) struct Recovered {
     pub(super) map: ExtentMap,
-    pub(super) segments: Vec<Arc<DataFile>>,
+    pub(super) segments: BTreeMap<u32, Arc<DataFile>>,
     /// The end of the log.
     pub(super) end: LogPoint,
     /// Whether the next record may follow in the same segment.
@@ -102,23 +102,24 @@ pub(super) fn blocks_of(header: &Header) -> u64 {
     header.size_bytes.div_ceil(BLOCK_BYTES)
 }
 
-/// Opens the segments, in order. One whose head never became durable is left out if it is the last.
+/// Opens the segments, by number. Below `first_segment` any may be missing; of the others one whose head never became
+/// durable is left out if it is the last.
 pub(super) fn open_segments(
     dir: &Dir,
     header: &Header,
     writable: bool,
-) -> Result<Vec<(Arc<DataFile>, SegmentHead)>> {
+) -> Result<BTreeMap<u32, (Arc<DataFile>, SegmentHead)>> {
     let what = || format!("open log of layer {}", header.disk_id);
-    // The map finds segments by their number, which only works for a log that is there from its beginning.
-    if header.first_segment != 0 {
-        return Err(damaged(header, &format!("its log begins with segment {}", header.first_segment)));
-    }
-    let mut segments = Vec::new();
-    loop {
-        let number = header.first_segment + segments.len() as u32;
+    let number_of =
+        |name: &String| name.strip_prefix("segment.").and_then(|hex| u32::from_str_radix(hex, 16).ok());
+    let mut numbers: Vec<u32> = dir.names().with_context(what)?.iter().filter_map(number_of).collect();
+    numbers.sort_unstable();
+    let mut segments = BTreeMap::new();
+    let mut expected = header.first_segment;
+    for number in numbers {
         let name = segment_name(number);
-        if !dir.has(&name) {
-            break;
+        if number >= header.first_segment && number != expected {
+            return Err(damaged(header, &format!("{} is missing before {name}", segment_name(expected))));
         }
         let file = dir.open(&name, writable).with_context(what)?;
         let mut block = [0; BLOCK_LEN];
@@ -128,22 +129,20 @@ pub(super) fn open_segments(
             head.disk_id == header.disk_id && head.salt == header.salt && head.segment == number
         });
         match head {
-            Some(head) => segments.push((Arc::new(file), head)),
-            None if dir.has(&segment_name(number + 1)) || has_durable_group(&file, header, 1, None)? => {
+            Some(head) => {
+                segments.insert(number, (Arc::new(file), head));
+                expected = expected.max(number.saturating_add(1));
+            }
+            None if number < header.first_segment
+                || dir.has(&segment_name(number.wrapping_add(1)))
+                || has_durable_group(&file, header, 1, None)? =>
+            {
                 return Err(damaged(header, &format!("the head of {name} is damaged")));
             }
-            None => break,
+            None => {}
         }
     }
-    let after = header.first_segment + segments.len() as u32;
-    let later = |name: &String| {
-        let number = name.strip_prefix("segment.").and_then(|hex| u32::from_str_radix(hex, 16).ok());
-        number.is_some_and(|number| number > after)
-    };
-    match dir.names().with_context(what)?.into_iter().find(later) {
-        Some(name) => Err(damaged(header, &format!("{} is missing before {name}", segment_name(after)))),
-        None => Ok(segments),
-    }
+    Ok(segments)
 }
 
 /// Reads the log of a layer. `writable` opens its files for writing too.
@@ -157,7 +156,14 @@ pub(super) fn recover(dir: &Dir, header: &Header, writable: bool) -> Result<Reco
         }
         Err(error) => return Err(error),
     };
-    let (end, replayed) = replay(header, &segments, start, &mut map)?;
+    if start.segment < header.first_segment {
+        let why = format!("its checkpoint is older than {}", segment_name(header.first_segment));
+        return Err(damaged(header, &why));
+    }
+    // The segment after the last one.
+    let last =
+        segments.last_key_value().map_or(0, |(number, _)| number.saturating_add(1)).max(header.first_segment);
+    let (end, replayed) = replay(header, &segments, last, start, &mut map)?;
     let clean = match header.clean_end {
         Some(clean) if clean.seq == end.seq && clean.chain == end.chain => true,
         Some(clean) => {
@@ -166,30 +172,31 @@ pub(super) fn recover(dir: &Dir, header: &Header, writable: bool) -> Result<Reco
         }
         None => false,
     };
-    let last = segments.len() as u32 + header.first_segment;
     let end = match header.clean_end {
         Some(clean) if clean.segment < last => clean,
         _ => LogPoint { segment: last, block: 0, ..end },
     };
-    let segments: Vec<_> = segments.into_iter().map(|(file, _)| file).collect();
-    Ok(Recovered { map, clean: clean && end.segment < last, segments, end, replayed, checkpoint_problem })
+    let segments: BTreeMap<_, _> = segments.into_iter().map(|(number, (file, _))| (number, file)).collect();
+    let clean = clean && segments.contains_key(&end.segment);
+    Ok(Recovered { map, clean, segments, end, replayed, checkpoint_problem })
 }
 
-/// Applies every record from `start` on; gives the end of the log and the number of records.
+/// Applies every record from `start` on; gives the end of the log and the number of records. `last` is the segment
+/// after the last one.
 fn replay(
     header: &Header,
-    segments: &[(Arc<DataFile>, SegmentHead)],
+    segments: &BTreeMap<u32, (Arc<DataFile>, SegmentHead)>,
+    last: u32,
     start: LogPoint,
     map: &mut ExtentMap,
 ) -> Result<(LogPoint, u64)> {
     let mut at = start;
     let mut replayed = 0;
-    let skip = start.segment.saturating_sub(header.first_segment) as usize;
-    if skip > segments.len() {
+    if start.segment > last {
         return Err(damaged(header, &format!("{} is missing", segment_name(start.segment))));
     }
-    for (number, (file, head)) in segments.iter().enumerate().skip(skip) {
-        let segment = header.first_segment + number as u32;
+    for (number, (file, head)) in segments.range(start.segment..) {
+        let segment = *number;
         if segment > start.segment || at.block <= 1 {
             if head.first_seq != at.seq || head.chain != at.chain {
                 let why = format!(
@@ -202,7 +209,7 @@ fn replay(
             }
             at = LogPoint { segment, block: 1, ..at };
         }
-        let cut = segments.get(number + 1).map(|(_, next)| next.first_seq);
+        let cut = segments.get(&segment.saturating_add(1)).map(|(_, next)| next.first_seq);
         let before = at.seq;
         at = replay_segment(header, file, at, cut, map)?;
         replayed += at.seq - before;

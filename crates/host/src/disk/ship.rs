@@ -115,36 +115,42 @@ impl Layer {
         let what = || format!("ship layer {}", header.disk_id);
         let lost = |why: &str| Error::new(ErrorKind::Corrupt, format!("{}: {why}", what()));
         loop {
-            let segment = |number: u32| self.view.read().segments.get(number as usize).cloned();
-            let file = segment(at.segment).ok_or_else(|| lost("a segment is missing"))?;
+            let (file, following) = {
+                let view = self.view.read();
+                let after = view.segments.range(at.segment.saturating_add(1)..).next();
+                (
+                    view.segments.get(&at.segment).cloned(),
+                    after.map(|(number, file)| (*number, Arc::clone(file))),
+                )
+            };
             // Records that a dead session left torn at the end of its segment do not count.
-            let next = match segment(at.segment + 1) {
-                Some(next) if at.segment < end.segment => {
+            let next = match following {
+                Some((number, next)) if at.segment < end.segment => {
                     let mut block = [0; BLOCK_LEN];
                     next.read(0, &mut [IoSliceMut::new(&mut block)]).with_context(what)?;
-                    Some(SegmentHead::decode(&block).map_err(Error::from).with_context(what)?)
+                    let head = SegmentHead::decode(&block).map_err(Error::from).with_context(what)?;
+                    Some(LogPoint { segment: number, block: 1, seq: head.first_seq, chain: head.chain })
                 }
                 _ => None,
             };
+            // What was live in segments that were freed stands further on.
+            let gap = next.filter(|next| next.segment > at.segment + 1 || file.is_none());
+            let Some(file) = file else {
+                *at = gap.ok_or_else(|| lost("a segment is missing"))?;
+                continue;
+            };
             if let Some(mut group) = read_group(&file, header, *at)? {
-                if let Some(next) = next.filter(|next| next.first_seq < group.next.seq) {
-                    group.entries.retain(|entry| entry.seq < next.first_seq);
-                    let segment = at.segment + 1;
-                    group.next = LogPoint { segment, block: 1, seq: next.first_seq, chain: next.chain };
+                if let Some(next) = next.filter(|next| next.seq < group.next.seq) {
+                    group.entries.retain(|entry| entry.seq < next.seq);
+                    group.next = next;
                 }
                 if !group.entries.is_empty() {
                     return Ok((file, group));
                 }
             }
             match next {
-                Some(next) if next.first_seq == at.seq => {
-                    *at = LogPoint {
-                        segment: at.segment + 1,
-                        block: 1,
-                        seq: next.first_seq,
-                        chain: next.chain,
-                    };
-                }
+                Some(next) if next.seq == at.seq => *at = next,
+                Some(next) if gap.is_some() && next.seq > at.seq => *at = next,
                 _ => return Err(lost(&format!("record {} is damaged or gone", at.seq))),
             }
         }

@@ -7,6 +7,7 @@ mod figures;
 mod fuzz;
 mod kill;
 mod model;
+mod reclaim;
 mod ship;
 mod volumes;
 

@@ -29,7 +29,7 @@ use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 use super::data::{self, Chunk};
 use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
-use crate::disk::{Layer, ShipEnd};
+use crate::disk::{Layer, ReclaimHold, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
 use crate::guest::device_state::Saver;
@@ -93,6 +93,7 @@ pub struct LayerCopy {
     stream: PeerStream,
     position: ShipPosition,
     end: Option<ShipEnd>,
+    _hold: ReclaimHold,
 }
 
 impl MemoryCopy {
@@ -195,7 +196,8 @@ impl LayerCopy {
     /// A layer whose stream is open.
     pub fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream) -> Self {
         let position = layer.ship_from();
-        Self { volume, layer, stream, position, end: None }
+        let _hold = layer.hold_reclaim();
+        Self { volume, layer, stream, position, end: None, _hold }
     }
 
     /// Bytes that the target lacks.

@@ -220,7 +220,7 @@ impl Volumes {
     /// A snapshot whose record was made by an earlier call that could not go on.
     async fn finish_switch(&self, record: &VolumeRecord, with: &SnapshotWith) -> Result<()> {
         let Some(last) = record.layers.last() else { return Ok(()) };
-        let Some(below) = self.opened(last.disk_id).filter(|layer| layer.info().writable) else {
+        let Some(below) = self.opened(last.disk_id).filter(|layer| layer.is_writable()) else {
             return Ok(());
         };
         let (path, epoch, base) =
@@ -241,7 +241,7 @@ impl Volumes {
         below: &Arc<Layer>,
         above: &Arc<Layer>,
     ) {
-        if !below.info().writable {
+        if !below.is_writable() {
             return;
         }
         let undone = async {
@@ -439,7 +439,7 @@ impl Volumes {
             }
             let (volumes, dir, reported) = (self.clone(), self.shared.dir.clone(), Arc::clone(task));
             let merged = blocking("merge layers", move || {
-                let open = |id: DiskId| volumes.opened(id).filter(|layer| layer.info().writable);
+                let open = |id: DiskId| volumes.opened(id).filter(|layer| layer.is_writable());
                 let mut progress = |done: u64, total: u64| {
                     reported.progress(done * 4096, total * 4096);
                     if reported.is_cancelled() {

@@ -36,7 +36,9 @@
 //!   parent's next `data_id`, and the link holds with either.
 //! * Versions: a reader refuses a header whose version it does not know, or with an unknown bit in
 //!   `features_required`; unknown bits in `features_ignorable` are kept as they are. Reserved bytes are zero.
-//!   Segments may be absent below `first_segment` (space reclaim), which is 0 in this version.
+//! * Space is reclaimed in two ways. Payloads of records of which no block is live may be holes: replay does not read
+//!   payloads below `durable_seq`. Below `first_segment` any segment of which no block is live may be absent: replay
+//!   begins at the checkpoint, which is then written twice (`map.N.copy`) because nothing else has what it says.
 //!
 //! Not here: who may open a layer (`engine::disk::identity`), reading and writing (`host::disk`).
 

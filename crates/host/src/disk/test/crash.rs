@@ -6,6 +6,8 @@
 //!   durable in its directory. Every flush that returned must hold, and each block be one of the values written at
 //!   or after its last flushed one.
 //!
+//! Space of what was overwritten is freed in between, of every size.
+//!
 //! In both: content that differs from what a session found has another `data_id`; and the layer goes on working.
 
 use std::collections::BTreeMap;
@@ -70,7 +72,7 @@ fn record(seed: u64, steps: usize) -> Recording {
     let mut flushes = vec![0];
     for step in 1..=steps {
         recorder.mark(step as u64 * 2);
-        match random.below(20) {
+        match random.below(22) {
             0..=11 => {
                 let (sector, sectors) =
                     (random.below(SIZE / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
@@ -95,6 +97,11 @@ fn record(seed: u64, steps: usize) -> Recording {
             }
             17 => {
                 layer.checkpoint().unwrap();
+            }
+            18 => {
+                layer.reclaim.piece_blocks.store(1, Ordering::Relaxed);
+                layer.reclaim().unwrap();
+                // What it dropped, or punched, was flushed before; all that was written may be.
             }
             _ => {
                 if random.below(2) == 0 {

@@ -17,6 +17,7 @@ enum Step {
     Checkpoint,
     Reopen { in_order: bool, next_epoch: bool },
     FenceAndBack,
+    Reclaim,
 }
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
@@ -38,6 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Checkpoint),
         1 => (any::<bool>(), any::<bool>()).prop_map(|(in_order, next_epoch)| Step::Reopen { in_order, next_epoch }),
         1 => Just(Step::FenceAndBack),
+        1 => Just(Step::Reclaim),
     ]
 }
 
@@ -87,6 +89,10 @@ fn run(steps: &[Step], with_base: bool) {
                 drop(layer);
                 epoch = if next_epoch { epoch.next() } else { epoch };
                 layer = Layer::open(&path, base.clone(), epoch, true).unwrap();
+            }
+            Step::Reclaim => {
+                layer.reclaim.piece_blocks.store(1, Ordering::Relaxed);
+                layer.reclaim().unwrap();
             }
             Step::FenceAndBack => {
                 layer.fence(epoch.next()).unwrap();

@@ -98,7 +98,7 @@ pub struct Header {
     pub session: u64,
     /// Length of a segment, 4 KiB blocks.
     pub segment_blocks: u32,
-    /// Segments below are gone.
+    /// Segments below may be absent; from here on all are there. The checkpoint covers at least all below.
     pub first_segment: u32,
     /// How complete the layer is.
     pub state: State,
