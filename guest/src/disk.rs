@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use crate::config::Config;
 use crate::report::{Corrupt, Counters, Order};
 
-const RECORD: usize = 4096;
+pub const RECORD: usize = 4096;
 const MARK: &[u8; 8] = b"whimrec1";
 
 /// Works until the program ends; an I/O error is reported and ends the worker.
@@ -47,19 +47,19 @@ struct Ring {
 }
 
 /// A page-aligned buffer, as O_DIRECT wants.
-struct Aligned {
+pub struct Aligned {
     bytes: Vec<u8>,
     first: usize,
 }
 
 impl Aligned {
-    fn new() -> Aligned {
+    pub fn new() -> Aligned {
         let bytes = vec![0u8; 2 * RECORD];
         let first = bytes.as_ptr().align_offset(RECORD).min(RECORD);
         Aligned { bytes, first }
     }
 
-    fn page(&mut self) -> &mut [u8] {
+    pub fn page(&mut self) -> &mut [u8] {
         &mut self.bytes[self.first..self.first + RECORD]
     }
 }

@@ -4,6 +4,7 @@
 //! ```text
 //!            ┌── memory.rs  arena of versioned pages, written and re-read
 //!   main ────┼── disk.rs    numbered records, fsynced and read back past the page cache
+//!            ├── cold.rs    reads of known content, on command
 //!            ├── beat.rs    a number every millisecond  ──▶ port whimbrel.beat
 //!            ├── net.rs     TCP echo and stream
 //!            └── report.rs  JSON lines ──▶ port whimbrel.status (commands come back on it), and the console
@@ -18,6 +19,7 @@
 //! (`xtask/src/guest.rs`).
 
 mod beat;
+mod cold;
 mod config;
 mod disk;
 mod memory;

@@ -1,19 +1,19 @@
 //! Counters, their report as JSON lines five times a second, and the commands that come back.
 //!
 //! ```text
-//!   in : stop-writing | start-writing | rate MIB_S | verify-all | corrupt page|sector|version
+//!   in : stop-writing | start-writing | rate MIB_S | verify-all | corrupt page|sector|version | read DISK OFFSET
 //!   out: {"uptime_ms":…,"beats":…,"pages_written":…,…,"errors":0,"last_error":null}
 //!        {"reply":"verify-all","errors":0}
 //! ```
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::port;
+use crate::{cold, port};
 
 /// Between two status lines on the port.
 const PERIOD: Duration = Duration::from_millis(200);
@@ -64,6 +64,8 @@ pub struct Counters {
     pub disk_acked: AtomicU64,
     /// Records read back and compared.
     pub records_verified: AtomicU64,
+    /// Reads of known content that ended and were right.
+    pub cold_reads: AtomicU64,
     /// Records found wrong, and I/O errors.
     pub disk_errors: AtomicU64,
     last_error: Mutex<Option<String>>,
@@ -101,7 +103,7 @@ impl Counters {
         format!(
             "{{\"uptime_ms\":{},\"ready\":{ready},\"beats\":{},\"pages_written\":{},\"pages_verified\":{},\
              \"mem_errors\":{},\"disk_recovered\":{},\"disk_acked\":{},\"records_verified\":{},\
-             \"disk_errors\":{},\"errors\":{},\"last_error\":{last}}}\n",
+             \"cold_reads\":{},\"disk_errors\":{},\"errors\":{},\"last_error\":{last}}}\n",
             started.elapsed().as_millis(),
             get(&self.beats),
             get(&self.pages_written),
@@ -110,6 +112,7 @@ impl Counters {
             get(&self.disk_recovered),
             get(&self.disk_acked),
             get(&self.records_verified),
+            get(&self.cold_reads),
             get(&self.disk_errors),
             self.errors(),
         )
@@ -117,7 +120,7 @@ impl Counters {
 }
 
 /// Reports and takes commands until the machine ends.
-pub fn run(counters: &Counters, workers: &[Sender<Order>]) {
+pub fn run(counters: &Arc<Counters>, workers: &[Sender<Order>]) {
     let started = Instant::now();
     let mut console_due = started;
     let mut port = None;
@@ -175,7 +178,7 @@ fn write_reply(port: &mut std::fs::File, reply: &str) {
     }
 }
 
-fn obey(command: &str, counters: &Counters, workers: &[Sender<Order>]) -> String {
+fn obey(command: &str, counters: &Arc<Counters>, workers: &[Sender<Order>]) -> String {
     let all = |make: &dyn Fn() -> Order| {
         for worker in workers {
             // A worker that ended has counted its error.
@@ -193,6 +196,10 @@ fn obey(command: &str, counters: &Counters, workers: &[Sender<Order>]) -> String
         (Some("corrupt"), Some("page")) => all(&|| Order::Corrupt(Corrupt::Page)),
         (Some("corrupt"), Some("sector")) => all(&|| Order::Corrupt(Corrupt::Sector)),
         (Some("corrupt"), Some("version")) => all(&|| Order::Corrupt(Corrupt::Version)),
+        (Some("read"), Some(disk)) => match words.next().map(str::parse) {
+            Some(Ok(offset)) => cold::begin(disk, offset, counters),
+            _ => return format!("{{\"reply\":\"no offset\",\"errors\":{}}}\n", counters.errors()),
+        },
         (Some("verify-all"), None) => {
             let (tx, rx) = channel();
             all(&|| Order::VerifyAll(tx.clone()));

@@ -164,6 +164,11 @@ impl<'a> Flight<'a> {
         self.lab.hosts().get(self.at).context("find the VM's host in the lab")
     }
 
+    /// The lab it flies in.
+    pub fn lab(&self) -> &'a Lab {
+        self.lab
+    }
+
     /// Index of that host.
     pub fn at(&self) -> usize {
         self.at

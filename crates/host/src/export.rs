@@ -17,6 +17,7 @@
 //!   flush gets every write made durable before it is acknowledged.
 //! * A request is acknowledged once, after it was done. One that was not acknowledged when this process died is
 //!   done by the next one that serves the same socket.
+//! * A VM that moves does not wait for requests that wait: what is left unanswered is done at the target, once.
 //! * No request reaches the disk before [`DeviceSlot::activate`] or after [`DeviceSlot::fence`] returned.
 //!
 //! Not here: what a volume is (`disk`), who may write it (the volume's right, `migrate`).
@@ -29,6 +30,7 @@ mod frontend;
 mod fuzz;
 mod greeting;
 mod guest_ram;
+mod handover;
 mod inflight;
 pub mod nbd;
 mod op;

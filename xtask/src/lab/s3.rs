@@ -4,6 +4,8 @@
 //!   agent (10.77.0.x) ──TCP──▶ 10.77.0.1: proxy of this process, counts every byte ──▶ s3s-fs on the loopback ──▶ files
 //! ```
 //!
+//! The proxy can be told to hold everything back: a store that does not answer for a while.
+//!
 //! Invariant: the store has no other way out, so the count holds everything that hosts got from it, headers included.
 
 use std::fs;
@@ -12,7 +14,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,7 @@ pub struct S3 {
     child: Child,
     url: String,
     sent_bytes: Arc<AtomicU64>,
+    held: Arc<AtomicBool>,
 }
 
 impl S3 {
@@ -64,22 +67,29 @@ impl S3 {
         let outside = listener.local_addr().context("listen for the store's readers")?;
         let sent_bytes = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&sent_bytes);
+        let held = Arc::new(AtomicBool::new(false));
+        let gate = Arc::clone(&held);
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 // A reader whose connection fails tries again.
                 let Ok(store) = TcpStream::connect(("127.0.0.1", port)) else { continue };
-                if let Err(e) = pass_on(client, store, &counter) {
+                if let Err(e) = pass_on(client, store, &counter, &gate) {
                     eprintln!("the store's proxy: {e}");
                 }
             }
         });
         let url = format!("s3://bucket/images?endpoint=http://{outside}&region=us-east-1");
-        Ok(S3 { child, url, sent_bytes })
+        Ok(S3 { child, url, sent_bytes, held })
     }
 
     /// For `--store`.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Whether what the store sends is held back from now on.
+    pub fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::SeqCst);
     }
 
     /// Bytes that left the store so far.
@@ -97,13 +107,22 @@ impl Drop for S3 {
 }
 
 /// Passes bytes both ways until both sides are done, on threads of their own.
-fn pass_on(client: TcpStream, store: TcpStream, sent_bytes: &Arc<AtomicU64>) -> std::io::Result<()> {
+fn pass_on(
+    client: TcpStream,
+    store: TcpStream,
+    sent_bytes: &Arc<AtomicU64>,
+    held: &Arc<AtomicBool>,
+) -> std::io::Result<()> {
     client.set_nodelay(true)?;
     store.set_nodelay(true)?;
-    let (client2, store2, counter) = (client.try_clone()?, store.try_clone()?, Arc::clone(sent_bytes));
+    let (client2, store2) = (client.try_clone()?, store.try_clone()?);
+    let (counter, held) = (Arc::clone(sent_bytes), Arc::clone(held));
     thread::spawn(move || pump(client2, store2, |_| {}));
     thread::spawn(move || {
         pump(store, client, |n| {
+            while held.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(5));
+            }
             counter.fetch_add(n as u64, Ordering::Relaxed);
         });
     });

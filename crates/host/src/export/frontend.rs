@@ -8,7 +8,7 @@
 //!
 //! Invariants
 //! * GET_VRING_BASE is answered only after the ring's requests were answered, or the limit ran out: what is left
-//!   then stays in the in-flight record.
+//!   then stays in the in-flight record. The limit is short while the VM is about to move (`handover`).
 //! * A message that makes no sense closes the connection; QEMU connects again.
 //!
 //! Not here: what a running ring does (`queue`); accepting connections (`server`).
@@ -26,6 +26,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
+use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::blk;
 use super::dirty::{Dirty, Log, WriteTracker};
@@ -52,8 +53,8 @@ struct Vring {
     err: Option<OwnedFd>,
     enabled: bool,
     running: Option<RunningQueue>,
-    // Requests that were left unanswered when the ring stopped.
-    unfinished: usize,
+    // Heads of requests that were left unanswered when the ring stopped.
+    unfinished: Vec<u16>,
 }
 
 /// See the module's charter. One value per connection.
@@ -155,13 +156,16 @@ impl Frontend {
         let ready = ring.running.is_none() && ring.kick.is_some() && (ring.enabled || !needs_enable);
         let (true, Some(addr)) = (ready, ring.addr) else { return Ok(()) };
         let mut virtqueue = Ring::new(&ram, size, addr, event_idx).map_err(invalid)?;
-        virtqueue.set_next_avail(ring.base);
-        let mut again = Vec::new();
-        if let Some(inflight) = &mut inflight {
-            let found = inflight.recover(virtqueue.used_idx()).map_err(failed)?;
-            virtqueue.set_next_avail(found.next_avail.unwrap_or(ring.base));
-            again = found.heads;
-        }
+        let used_idx = virtqueue.used_idx();
+        let carried = || device.handover.take(queue_index, size, ring.base, used_idx);
+        let (again, next_avail) = match &mut inflight {
+            Some(inflight) => {
+                let found = inflight.recover(used_idx, carried).map_err(failed)?;
+                (found.heads, found.next_avail.unwrap_or(ring.base))
+            }
+            None => (carried(), ring.base),
+        };
+        virtqueue.set_next_avail(next_avail);
         if !again.is_empty() {
             tracing::info!(queue = index, requests = again.len(), "doing requests again that were in flight");
         }
@@ -178,42 +182,54 @@ impl Frontend {
             write_through,
         };
         ring.running = Some(RunningQueue::start(device, queue_index, setup).map_err(failed)?);
-        ring.unfinished = 0;
+        ring.unfinished.clear();
         Ok(())
     }
 
     /// Stops a ring, if it runs; its base is where it would go on.
     fn stop_ring(&mut self, index: u32) -> VhostResult<()> {
-        let limit = self.drain_limit;
+        let cut_short = self.device.handover.limit();
+        if cut_short.is_some() {
+            self.ask_all_to_stop();
+        }
+        let limit = cut_short.unwrap_or(self.drain_limit);
         let ring = self.ring(index)?;
         if let Some(running) = ring.running.take() {
             let stopped = running.stop(limit).map_err(failed)?;
             ring.base = stopped.next_avail;
             ring.unfinished = stopped.unfinished;
-            if stopped.unfinished > 0 {
-                tracing::warn!(
-                    queue = index,
-                    requests = stopped.unfinished,
-                    "stopped with requests unanswered"
-                );
+            let requests = ring.unfinished.len();
+            if requests > 0 && cut_short.is_none() {
+                tracing::warn!(queue = index, requests, "stopped with requests unanswered");
             }
         }
         Ok(())
     }
 
-    /// Requests that stopped rings left unanswered.
-    pub(super) fn unfinished(&self) -> usize {
-        self.rings.iter().map(|ring| ring.unfinished).sum()
+    /// Requests that stopped rings left unanswered; nothing if a ring runs.
+    pub(super) fn outstanding(&self) -> Option<Vec<QueueIo>> {
+        let mut queues = Vec::new();
+        for (queue, ring) in (0..).zip(&self.rings) {
+            if ring.running.is_some() {
+                return None;
+            }
+            if !ring.unfinished.is_empty() {
+                queues.push(QueueIo { queue, next_avail: ring.base, heads: ring.unfinished.clone() });
+            }
+        }
+        Some(queues)
+    }
+
+    /// So that the limit is waited for once.
+    fn ask_all_to_stop(&self) {
+        for running in self.rings.iter().filter_map(|ring| ring.running.as_ref()) {
+            running.ask_to_stop();
+        }
     }
 
     /// Stops every ring: the front-end is gone.
     pub(super) fn stop_all(&mut self) {
-        for ring in &self.rings {
-            // All at once, so that the limit is waited for once.
-            if let Some(running) = &ring.running {
-                running.ask_to_stop();
-            }
-        }
+        self.ask_all_to_stop();
         for index in 0..self.rings.len() {
             let index = u32::try_from(index).unwrap_or(u32::MAX);
             if let Err(error) = self.stop_ring(index) {

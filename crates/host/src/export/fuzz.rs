@@ -14,6 +14,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket as _;
 use super::blk::{self, Identity};
 use super::frontend::Frontend;
 use super::guest_ram::{GuestRam, RegionAddr};
+use super::handover::Handover;
 use super::inflight::InflightFile;
 use super::pool::Pool;
 use super::queue::{Complaints, Device, Stats};
@@ -47,6 +48,7 @@ fn device() -> Arc<Device> {
         pool: Pool::new("fuzz", 2),
         busy_poll: Duration::ZERO,
         orphans: AtomicUsize::new(0),
+        handover: Handover::default(),
         stats: Stats::default(),
         complaints: Complaints::default(),
     })
@@ -180,7 +182,7 @@ whimbrel_fuzz::fuzz! {
         file.write_all_at(bytes.get(..size).unwrap_or(bytes), 0).expect("fill the record");
         let mut queue = record.queue(0, 8).expect("the only queue");
         for ring_used_idx in [0, 7, u16::MAX] {
-            if let Ok(found) = queue.recover(ring_used_idx) {
+            if let Ok(found) = queue.recover(ring_used_idx, Vec::new) {
                 assert!(found.heads.len() <= 8 && found.heads.iter().all(|head| *head < 8), "{:?}", found.heads);
             }
         }

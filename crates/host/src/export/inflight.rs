@@ -92,7 +92,7 @@ pub(super) struct Inflight {
 pub(super) struct Recovered {
     /// Requests to do again, in the order in which they were taken.
     pub(super) heads: Vec<u16>,
-    /// The next entry of the available ring to take; `None` if the record was new and says nothing.
+    /// The next entry of the available ring to take; `None` if the record was new and says nothing of it.
     pub(super) next_avail: Option<u16>,
 }
 
@@ -157,13 +157,21 @@ impl Inflight {
         self.used_idx().store(used_idx, Ordering::Release);
     }
 
-    /// Reads what an earlier process left, given the used ring's index, and makes the record good for this one.
-    pub(super) fn recover(&mut self, ring_used_idx: u16) -> Result<Recovered> {
+    /// Reads what an earlier process left, given the used ring's index, and makes the record good for this one. A new
+    /// record begins with what was `carried` from another host, all of it or, if this process dies, nothing.
+    pub(super) fn recover(
+        &mut self,
+        ring_used_idx: u16,
+        carried: impl FnOnce() -> Vec<u16>,
+    ) -> Result<Recovered> {
         if self.version().load(Ordering::Acquire) == 0 {
             self.desc_num().store(self.queue_size, Ordering::Relaxed);
             self.used_idx().store(ring_used_idx, Ordering::Relaxed);
+            let heads = carried();
+            // A process that died here may have marked some; the list says the same again.
+            heads.iter().for_each(|head| self.take(*head));
             self.version().store(VERSION, Ordering::Release);
-            return Ok(Recovered { heads: Vec::new(), next_avail: None });
+            return Ok(Recovered { heads, next_avail: None });
         }
         let version = self.version().load(Ordering::Relaxed);
         if version != VERSION {
@@ -208,7 +216,7 @@ mod test {
     fn started(size: u16) -> (InflightFile, Inflight) {
         let (file, _, _) = InflightFile::create(2, size).unwrap();
         let mut queue = file.queue(1, size).unwrap();
-        assert_eq!(queue.recover(0).unwrap(), Recovered { heads: vec![], next_avail: None });
+        assert_eq!(queue.recover(0, Vec::new).unwrap(), Recovered { heads: vec![], next_avail: None });
         (file, queue)
     }
 
@@ -221,12 +229,21 @@ mod test {
         queue.about_to_answer(2);
         queue.answered(2, 1);
         let mut next = file.queue(1, 8).unwrap();
-        let found = next.recover(1).unwrap();
+        let found = next.recover(1, Vec::new).unwrap();
         assert_eq!(found, Recovered { heads: vec![5, 7, 0], next_avail: Some(4) });
         // Later requests come after those done again.
         next.take(1);
-        let again = file.queue(1, 8).unwrap().recover(1).unwrap();
+        let again = file.queue(1, 8).unwrap().recover(1, Vec::new).unwrap();
         assert_eq!(again.heads, vec![5, 7, 0, 1]);
+    }
+
+    #[test]
+    fn what_was_carried_from_another_host_is_in_a_new_record_and_in_no_other() {
+        let (file, _, _) = InflightFile::create(1, 8).unwrap();
+        let found = file.queue(0, 8).unwrap().recover(4, || vec![6, 1]).unwrap();
+        assert_eq!(found, Recovered { heads: vec![6, 1], next_avail: None });
+        let again = file.queue(0, 8).unwrap().recover(4, || panic!("the record has it")).unwrap();
+        assert_eq!(again, Recovered { heads: vec![6, 1], next_avail: Some(6) });
     }
 
     #[test]
@@ -235,16 +252,16 @@ mod test {
         let (file, mut queue) = started(8);
         queue.take(3);
         queue.about_to_answer(3);
-        assert_eq!(file.queue(1, 8).unwrap().recover(0).unwrap().heads, vec![3]);
+        assert_eq!(file.queue(1, 8).unwrap().recover(0, Vec::new).unwrap().heads, vec![3]);
         // Died right after it: answered.
-        let found = file.queue(1, 8).unwrap().recover(1).unwrap();
+        let found = file.queue(1, 8).unwrap().recover(1, Vec::new).unwrap();
         assert_eq!(found, Recovered { heads: vec![], next_avail: Some(1) });
         // Died after the mark was cleared, before `used_idx`.
         let (file, mut queue) = started(8);
         queue.take(3);
         queue.about_to_answer(3);
         queue.mark(3).store(0, Ordering::Relaxed);
-        assert_eq!(file.queue(1, 8).unwrap().recover(1).unwrap().heads, Vec::<u16>::new());
+        assert_eq!(file.queue(1, 8).unwrap().recover(1, Vec::new).unwrap().heads, Vec::<u16>::new());
     }
 
     #[test]
@@ -255,7 +272,7 @@ mod test {
         }
         queue.next(6).store(4, Ordering::Relaxed);
         queue.about_to_answer(6);
-        let found = file.queue(1, 8).unwrap().recover(2).unwrap();
+        let found = file.queue(1, 8).unwrap().recover(2, Vec::new).unwrap();
         assert_eq!(found, Recovered { heads: vec![1], next_avail: Some(3) });
     }
 
@@ -270,9 +287,9 @@ mod test {
             queue.mark(head).store(1, Ordering::Relaxed);
             queue.next(head).store(head, Ordering::Relaxed);
         }
-        assert!(queue.recover(3).unwrap().heads.len() <= 4);
+        assert!(queue.recover(3, Vec::new).unwrap().heads.len() <= 4);
         queue.version().store(77, Ordering::Relaxed);
-        assert!(queue.recover(3).is_err());
+        assert!(queue.recover(3, Vec::new).is_err());
         assert!(file.queue(1, 4).is_none());
         assert!(file.queue(0, 8).is_none());
     }

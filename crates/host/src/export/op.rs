@@ -52,6 +52,14 @@ impl Op {
         }
     }
 
+    /// Whether the disk may be another one after it.
+    pub(super) fn changes_disk(&self) -> bool {
+        match self {
+            Op::Read { .. } => false,
+            Op::Write { .. } | Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => true,
+        }
+    }
+
     /// Does it, on a thread that may wait.
     pub(super) fn carry_out(self, shared: &Device) -> Done {
         if let Op::Read { offset, len } = self {

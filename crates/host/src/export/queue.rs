@@ -17,6 +17,8 @@
 //! Invariants
 //! * A request is recorded as in flight before it is begun, and answered only after it was done.
 //! * The answer of a request handed on needs its own memory only: the memory table may change meanwhile.
+//! * A stopped queue knows what it has not answered, in the order in which it was taken: nothing of it changes guest
+//!   memory any more, and what of it may still change the disk is waited for before anything else is begun.
 //! * What the guest put into a ring can stop that ring, and nothing else.
 //!
 //! Not here: when a ring may run (`frontend`), what its bytes are (`ring`), what a request is (`blk`), how one is done
@@ -37,6 +39,7 @@ use super::blk::{self, Ask, Identity};
 use super::dirty::Dirty;
 use super::event::{Waker, signal};
 use super::guest_ram::{Buffers, GuestRam, Seg, copy_in, copy_out};
+use super::handover::Handover;
 use super::inflight::Inflight;
 use super::op::{Done, Op};
 use super::pool::Pool;
@@ -51,6 +54,8 @@ const SIGNAL_EVERY: u32 = 16;
 const ROUND_REQUESTS: u32 = 128;
 /// Bytes of requests handed on, over which no more are taken.
 const HANDED_ON_BYTES: u64 = 64 << 20;
+/// How long a queue's thread, told to leave its requests unanswered, may take to end: only a disk that hangs keeps it.
+const HANG_LIMIT: Duration = Duration::from_secs(20);
 
 /// What all queues of a device share.
 pub(super) struct Device {
@@ -58,8 +63,10 @@ pub(super) struct Device {
     pub(super) identity: Identity,
     pub(super) pool: Pool,
     pub(super) busy_poll: Duration,
-    /// Requests that a stopped queue gave up waiting for, and that still run.
+    /// Requests that change the disk, that a stopped queue gave up waiting for, and that still run.
     pub(super) orphans: AtomicUsize,
+    /// How requests pass from one host to another.
+    pub(super) handover: Handover,
     pub(super) stats: Stats,
     pub(super) complaints: Complaints,
 }
@@ -99,6 +106,8 @@ impl Complaints {
 
 /// What is needed to answer a request handed on.
 struct Pending {
+    /// Requests that were taken before it.
+    order: u64,
     /// Where its data goes.
     data: Vec<Seg>,
     status: Seg,
@@ -133,6 +142,8 @@ pub(super) struct State {
     pub(super) write_through: bool,
     again: VecDeque<u16>,
     pending: Vec<Option<Pending>>,
+    /// Requests taken so far.
+    taken: u64,
     outstanding: usize,
     outstanding_bytes: u64,
     parked: Vec<(u16, Op)>,
@@ -167,6 +178,8 @@ pub(super) struct Queue {
     device: Arc<Device>,
     state: Mutex<State>,
     results: Mutex<Results>,
+    /// Requests that change the disk and that the pool has now.
+    changing: AtomicUsize,
     has_results: AtomicBool,
     waker: Arc<Waker>,
     stop: AtomicBool,
@@ -190,12 +203,13 @@ enum Round {
 }
 
 /// How a queue stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stopped {
     /// The next entry of the available ring to take.
     pub(super) next_avail: u16,
-    /// Requests taken and not answered: they stay in the in-flight record.
-    pub(super) unfinished: usize,
+    /// Heads of the requests taken and not answered, in the order in which they were taken: they stay in the in-flight
+    /// record.
+    pub(super) unfinished: Vec<u16>,
 }
 
 /// A queue and its thread.
@@ -220,6 +234,7 @@ impl RunningQueue {
             write_through: setup.write_through,
             again: setup.again.into(),
             pending: std::iter::repeat_with(|| None).take(usize::from(setup.size)).collect(),
+            taken: 0,
             outstanding: 0,
             outstanding_bytes: 0,
             parked: Vec::new(),
@@ -233,6 +248,7 @@ impl RunningQueue {
             device,
             state: Mutex::new(state),
             results: Mutex::default(),
+            changing: AtomicUsize::new(0),
             has_results: AtomicBool::new(false),
             waker,
             stop: AtomicBool::new(false),
@@ -265,8 +281,7 @@ impl RunningQueue {
         if !queue.wait_ended(limit) {
             queue.give_up.store(true, Ordering::SeqCst);
             queue.waker.wake();
-            // The thread can only be late if the disk itself hangs.
-            if !queue.wait_ended(limit) {
+            if !queue.wait_ended(HANG_LIMIT) {
                 return Err(Error::new(ErrorKind::TimedOut, "stop queue: the disk does not answer"));
             }
         }
@@ -274,7 +289,7 @@ impl RunningQueue {
             return Err(Error::new(ErrorKind::Internal, "stop queue: its thread panicked"));
         }
         let state = queue.state.lock();
-        Ok(Stopped { next_avail: state.ring.next_avail(), unfinished: state.outstanding + state.again.len() })
+        Ok(Stopped { next_avail: state.ring.next_avail(), unfinished: state.unfinished() })
     }
 }
 
@@ -326,22 +341,24 @@ impl Queue {
 
     /// Leaves what still runs in the pool to itself; the next queue waits for it to end.
     fn abandon(&self) {
-        let outstanding = self.state.lock().still_running();
         let mut results = self.results.lock();
         results.abandoned = true;
-        let running = outstanding.saturating_sub(results.list.len());
-        self.device.orphans.fetch_add(running, Ordering::AcqRel);
+        self.device.orphans.fetch_add(self.changing.load(Ordering::Acquire), Ordering::AcqRel);
     }
 
     /// Runs `op` on the pool and brings its result back.
     fn hand_on(self: &Arc<Self>, head: u16, op: Op) {
         self.device.stats.handed_on.fetch_add(1, Ordering::Relaxed);
+        let changing = usize::from(op.changes_disk());
+        self.changing.fetch_add(changing, Ordering::AcqRel);
         let queue = self.clone();
         self.device.pool.submit(move || {
             let done = op.carry_out(&queue.device);
+            // Counted under the lock, so that a queue that stops meanwhile leaves it behind or not.
             let mut results = queue.results.lock();
+            queue.changing.fetch_sub(changing, Ordering::AcqRel);
             if results.abandoned {
-                queue.device.orphans.fetch_sub(1, Ordering::AcqRel);
+                queue.device.orphans.fetch_sub(changing, Ordering::AcqRel);
                 return;
             }
             results.list.push((head, done));
@@ -362,6 +379,16 @@ impl State {
     /// Requests that the pool has now.
     fn still_running(&self) -> usize {
         self.outstanding - self.parked.len()
+    }
+
+    /// Heads of the requests taken and not answered, in the order in which they were taken.
+    fn unfinished(&self) -> Vec<u16> {
+        let waiting = (0..).zip(&self.pending);
+        let mut begun: Vec<(u64, u16)> =
+            waiting.filter_map(|(head, pending)| Some((pending.as_ref()?.order, head))).collect();
+        begun.sort_unstable();
+        // What an earlier process took, and this one has not come to, was taken before anything new.
+        begun.into_iter().map(|(_, head)| head).chain(self.again.iter().copied()).collect()
     }
 
     /// Changes what the guest is signalled by. It may have missed a signal meanwhile, so it gets one.
@@ -454,6 +481,7 @@ impl State {
         self.ring.chain(&self.ram, head, &mut self.chain)?;
         let status = split_status(&mut self.chain).ok_or(BadRing("a request without room for its status"))?;
         queue.device.stats.requests.fetch_add(1, Ordering::Relaxed);
+        self.taken += 1;
         match self.begin(&queue.device, device) {
             Begun::Answer { status: code, written } => {
                 if written > 0 && self.dirty.wanted() {
@@ -463,6 +491,7 @@ impl State {
             }
             Begun::HandOn(op) => {
                 let pending = Pending {
+                    order: self.taken,
                     data: self.chain.writable.clone(),
                     status,
                     bytes: op.bytes(),

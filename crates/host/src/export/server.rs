@@ -20,12 +20,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::blk::Identity;
 use super::dirty::WriteTracker;
 use super::event::Waker;
 use super::frontend::Frontend;
 use super::greeting::{MUTE_AFTER, begins_with_greeting, primed};
+use super::handover::Handover;
 use super::pool::Pool;
 use super::queue::{Complaints, Device, Stats};
 use super::slot::DeviceSlot;
@@ -146,6 +148,7 @@ impl VhostUserServer {
             pool: Pool::new("vub-wait", options.workers),
             busy_poll: options.busy_poll,
             orphans: AtomicUsize::new(0),
+            handover: Handover::default(),
             stats: Stats::default(),
             complaints: Complaints::default(),
         };
@@ -199,11 +202,28 @@ impl VhostUserServer {
         }
     }
 
-    /// Requests that the guest's stopped rings left unanswered, because the drain limit ran out. They are in the
-    /// in-flight record that this QEMU keeps, and are done when its rings run again; a QEMU at another host knows
-    /// nothing of them, so a VM must not be resumed there while this is not 0.
-    pub fn unfinished(&self) -> usize {
-        self.frontend().map_or(0, |frontend| lock(&frontend).unfinished())
+    /// Whether rings that stop from now on leave unanswered what does not end at once: the guest is about to go on at
+    /// another host, which is told of it ([`Self::outstanding`]).
+    pub fn cut_short(&self, cut_short: bool) {
+        self.shared.device.handover.cut_short(cut_short);
+    }
+
+    /// Requests that the guest's stopped rings left unanswered, by queue. They are in the in-flight record that this
+    /// QEMU keeps, and are done when its rings run again; a QEMU at another host knows nothing of them, so whoever
+    /// resumes the VM there must be told ([`Self::reissue`]). [`ErrorKind::Unavailable`] if nobody can tell, because
+    /// the front-end is gone or its rings run.
+    pub fn outstanding(&self) -> Result<Vec<QueueIo>> {
+        let found = self.frontend().and_then(|frontend| lock(&frontend).outstanding());
+        found.ok_or_else(|| {
+            let path = self.shared.path.display();
+            Error::new(ErrorKind::Unavailable, format!("list requests at {path}: its rings are not stopped"))
+        })
+    }
+
+    /// Has requests done that another host's device left unanswered, before anything else and in that order, when the
+    /// guest's rings start where they stopped there.
+    pub fn reissue(&self, queues: Vec<QueueIo>) {
+        self.shared.device.handover.carry(queues);
     }
 
     /// What was done so far.

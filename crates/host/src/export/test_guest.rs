@@ -53,6 +53,8 @@ pub(super) struct Guest {
     pub(super) features: u64,
     avail_idx: u16,
     used_seen: u16,
+    /// Where the ring starts, if not at the used ring's index.
+    base: Option<u16>,
 }
 
 impl Guest {
@@ -68,6 +70,7 @@ impl Guest {
             features: !(1 << 29) & !(1 << 26),
             avail_idx: 0,
             used_seen: 0,
+            base: None,
         }
     }
 
@@ -256,11 +259,19 @@ impl Guest {
         };
         frontend.set_mem_table(&[region]).unwrap();
         frontend.set_vring_num(0, RING).unwrap();
-        frontend.set_vring_base(0, self.used_idx()).unwrap();
+        frontend.set_vring_base(0, self.base.unwrap_or(self.used_idx())).unwrap();
         frontend.set_vring_addr(0, &self.ring_config(false)).unwrap();
         frontend.set_vring_kick(0, &self.kick).unwrap();
         frontend.set_vring_call(0, &self.call).unwrap();
         frontend.set_vring_enable(0, true).unwrap();
+    }
+
+    /// Goes on with another device, as a QEMU that a VM was moved to: its ring starts where the last one stopped, with
+    /// an in-flight record of its own.
+    pub(super) fn move_to(&mut self, path: &Path, base: u16) {
+        (self.frontend, self.inflight, self.base) = (None, None, Some(base));
+        self.connect(path);
+        self.base = None;
     }
 
     /// Starts the ring again after GET_VRING_BASE.

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
+use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::test_device::RamDevice;
 use super::test_guest::{FILE_OFFSET, GPA, Guest, RAM_BYTES, SLOTS, USED, area, data};
 use super::{DeviceSlot, VhostUserOptions, VhostUserServer, WriteTracker};
 use crate::block_dev::BlockRead;
+use crate::error::ErrorKind;
 use crate::memory::bitmap::{PageBitmap, SharedDirty};
 
 const READ: u32 = 0;
@@ -281,12 +283,81 @@ fn a_ring_that_does_not_drain_in_time_keeps_its_requests_for_later() {
     assert_eq!(guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap(), 1);
     assert!(asked.elapsed() < Duration::from_millis(250));
     assert!(guest.answers().is_empty());
-    assert_eq!(bench.server.unfinished(), 1);
+    assert_eq!(bench.server.outstanding().unwrap(), [QueueIo { queue: 0, next_avail: 1, heads: vec![head] }]);
     guest.restart();
     assert_eq!(guest.wait(1), vec![(head, 1)]);
-    assert_eq!(bench.server.unfinished(), 0);
+    assert_eq!(bench.server.outstanding().unwrap_err().kind(), ErrorKind::Unavailable, "its ring runs");
     assert_eq!(guest.status(0), 0);
     assert_eq!(read_disk(&bench.device, 0, 4096), vec![0x11; 4096]);
+}
+
+/// A disk whose first 8 KiB wait, with `byte` all over it.
+fn slow_disk(byte: u8, delay: Duration) -> RamDevice {
+    let mut device = RamDevice::new(1 << 20);
+    crate::block_dev::BlockDev::write(&device, 0, &[std::io::IoSlice::new(&vec![byte; 1 << 20])]).unwrap();
+    device.slow = Some((0..8192, delay));
+    device
+}
+
+#[test]
+fn a_guest_that_moves_waits_for_nothing_and_gets_what_it_left_behind_once() {
+    let source = serve(slow_disk(0x11, Duration::from_millis(600)));
+    let mut guest = Guest::new();
+    guest.connect(&source.path);
+    let first = guest.lay_out(0, READ, 0, 4096, true);
+    let second = guest.lay_out(1, WRITE, 8, 4096, false);
+    guest.put(data(1), &[0x44; 4096]);
+    let ends = guest.lay_out(2, READ, 64, 4096, true);
+    guest.submit(&[first, ends, second], true);
+    assert_eq!(guest.wait(1), vec![(ends, 4097)]);
+    source.server.cut_short(true);
+    let asked = Instant::now();
+    let base = guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    assert!(asked.elapsed() < Duration::from_millis(200), "it waited for {:?}", asked.elapsed());
+    assert_eq!(base, 3);
+    let left = source.server.outstanding().unwrap();
+    assert_eq!(left, [QueueIo { queue: 0, next_avail: 3, heads: vec![first, second] }]);
+    // The write may still change the source's disk: whoever hands the volume on waits for it.
+    source.server.slot().fence(Duration::from_secs(10)).unwrap();
+    assert_eq!(read_disk(&source.device, 4096, 4096), vec![0x44; 4096]);
+
+    let target = serve(slow_disk(0x22, Duration::from_millis(300)));
+    target.server.reissue(left);
+    guest.move_to(&target.path, u16::try_from(base).unwrap());
+    // New requests do not wait for those.
+    assert_eq!(guest.request(3, READ, 128, 4096, true), 0);
+    let mut answers = guest.wait(2);
+    answers.sort_unstable();
+    assert_eq!(answers, [(first, 4097), (second, 1)]);
+    assert_eq!(guest.bytes(data(0), 4096), vec![0x22; 4096], "the target's disk, not the source's");
+    assert_eq!(read_disk(&target.device, 4096, 4096), vec![0x44; 4096]);
+    // What still ran at the source has ended: nothing of it came through.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(guest.answers().is_empty());
+    assert_eq!(guest.bytes(data(0), 4096), vec![0x22; 4096]);
+    assert_eq!(target.server.counters().requests, 3);
+}
+
+#[test]
+fn a_guest_whose_move_failed_gets_what_it_left_behind_where_it_was() {
+    let source = serve(slow_disk(0x11, Duration::from_millis(500)));
+    let mut guest = Guest::new();
+    guest.connect(&source.path);
+    let heads = [guest.lay_out(0, READ, 0, 4096, true), guest.lay_out(1, READ, 8, 4096, true)];
+    guest.submit(&heads, true);
+    std::thread::sleep(Duration::from_millis(30));
+    source.server.cut_short(true);
+    assert_eq!(guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap(), 2);
+    source.server.cut_short(false);
+    guest.restart();
+    // Reads that still run from before hold nothing up.
+    assert_eq!(guest.request(3, READ, 128, 4096, true), 0);
+    let mut answers = guest.wait(2);
+    answers.sort_unstable();
+    assert_eq!(answers, [(heads[0], 4097), (heads[1], 4097)]);
+    assert_eq!(guest.bytes(data(0), 4096), vec![0x11; 4096]);
+    std::thread::sleep(Duration::from_millis(600));
+    assert!(guest.answers().is_empty());
 }
 
 /// Pages of guest memory that a read of `len` bytes into `slot` writes, answer included.

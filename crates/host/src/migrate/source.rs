@@ -24,7 +24,7 @@ use whimbrel_engine::migrate::handover::{
 };
 use whimbrel_wire::api::{DiskMove, VmMigrate};
 use whimbrel_wire::meta::{Mode, VmRecord, VolumeRecord, key};
-use whimbrel_wire::peer::migrate::{Control, DataOpen, LayerHead, StateHead};
+use whimbrel_wire::peer::migrate::{Control, DataOpen, DiskIo, LayerHead, StateHead};
 use whimbrel_wire::{ErrorKind, Name};
 
 use super::copy::{After, Copying, LayerCopy, LayerMap, MemoryCopy};
@@ -79,6 +79,8 @@ pub struct SourceSide {
     stop_copy: AtomicBool,
     order: Notify,
     paused_at: Mutex<Option<Instant>>,
+    /// What the paused guest's disks left unanswered.
+    outstanding: Mutex<Vec<DiskIo>>,
     /// The step under way and when it began, for the figures.
     in_step: Mutex<Option<(Step, Instant)>>,
     layer_bytes: AtomicU64,
@@ -157,6 +159,7 @@ impl SourceSide {
             stop_copy: AtomicBool::new(false),
             order: Notify::new(),
             paused_at: Mutex::default(),
+            outstanding: Mutex::default(),
             in_step: Mutex::default(),
             layer_bytes: AtomicU64::new(0),
             volumes: VolumeRecords::new(&shared.meta),
@@ -381,6 +384,7 @@ impl SourceSide {
         // The loop gives the copy back before the guest is stopped, so that its last round does not count.
         let _copying = self.copying.lock().await;
         let vm = self.vm()?;
+        vm.disks.iter().for_each(|disk| disk.cut_short(true));
         *self.paused_at.lock() = Some(Instant::now());
         match self.offer.mode {
             Mode::A => vm.qmp().await?.stop().await,
@@ -394,20 +398,21 @@ impl SourceSide {
         }
     }
 
-    /// QEMU before 11 finishes outstanding I/O when it stops a guest, so the list is empty; what is left is to make
-    /// sure that nothing reaches the disks any more.
+    /// What the guest's disks left unanswered, for the target; from here on nothing reaches them any more.
     async fn list_io(&self) -> Result<()> {
         let vm = self.vm()?;
+        let mut outstanding = Vec::new();
         for disk in &vm.disks {
-            if disk.unfinished() > 0 {
-                return Err(Error::new(
-                    ErrorKind::TimedOut,
-                    format!("stop I/O of volume {}: {} requests did not end", disk.volume, disk.unfinished()),
-                ));
-            }
+            let io = disk.outstanding().with_context(|| format!("stop I/O of volume {}", disk.volume))?;
+            outstanding.push(io);
             let fenced = blocking("fence a disk", disk.fence(FENCE_LIMIT)).await;
             fenced.with_context(|| format!("fence volume {}", disk.volume))?;
         }
+        outstanding.retain(|io: &DiskIo| !io.queues.is_empty());
+        let requests: usize =
+            outstanding.iter().flat_map(|io| &io.queues).map(|queue| queue.heads.len()).sum();
+        self.task.figure("reissued_requests", requests as f64);
+        *self.outstanding.lock() = outstanding;
         Ok(())
     }
 
@@ -444,7 +449,7 @@ impl SourceSide {
         let Copying { memory, saver, .. } =
             guard.as_mut().ok_or_else(|| Error::new(ErrorKind::Internal, "send device state: no copy"))?;
         let mut state = Vec::new();
-        let mut head = StateHead::default();
+        let mut head = StateHead { outstanding: self.outstanding.lock().clone(), ..StateHead::default() };
         match self.offer.mode {
             Mode::A => {
                 let saver = saver
@@ -521,6 +526,7 @@ impl SourceSide {
             Some(copying) => copying.abandon(&vm),
             None => self.shared.vms.forget_tracking(&vm),
         }
+        vm.disks.iter().for_each(|disk| disk.cut_short(false));
         vm.serve_disks(self.shared.vms.volumes()).await?;
         let qmp = vm.qmp().await?;
         // One that an earlier process of this agent began, or work that was stopped: QEMU would refuse to go on.

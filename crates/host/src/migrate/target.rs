@@ -16,6 +16,7 @@
 //! * The end of the waiting QEMU is told at once; one that was taken out of `vm` before it was ended is not told of.
 //! * Attempts of one VM follow each other: what a later one makes is not there before an earlier one's journal is gone.
 
+mod kept;
 mod lower;
 
 use std::collections::{HashMap, HashSet};
@@ -54,8 +55,6 @@ use crate::task::TaskHandle;
 use crate::vm::LocalVm;
 use crate::volume::Volumes;
 
-/// The file beside the journal that holds the device state.
-const STATE_FILE: &str = "device-state";
 /// How long QEMU may take to say that it has loaded what it was sent (mode B).
 const LOAD_LIMIT: Duration = Duration::from_secs(10);
 /// Of the source's blocks, about so many bytes are fetched between two reports.
@@ -254,7 +253,7 @@ impl TargetSide {
     async fn finish(&self, outcome: &Outcome) {
         tracing::info!(vm = %self.offer.vm, attempt = %self.offer.attempt, ?outcome, "move ended at the target");
         self.shared.targets.lock().remove(&self.offer.attempt);
-        let _ = tokio::fs::remove_file(self.state_path()).await;
+        self.remove_attachments().await;
         let watcher = self.watcher.lock().take();
         if let Some(watcher) = watcher {
             watcher.abort();
@@ -306,10 +305,6 @@ impl TargetSide {
         {
             tracing::warn!(vm = %self.offer.vm, %error, "remains of a move were left");
         }
-    }
-
-    fn state_path(&self) -> std::path::PathBuf {
-        self.shared.journal.attachment(self.offer.attempt, STATE_FILE)
     }
 
     async fn record(&self) -> Result<VmRecord> {
@@ -491,7 +486,10 @@ impl TargetSide {
 
     async fn receive_state(&self, mut stream: PeerStream) -> Result<()> {
         let head: StateHead = data::read_json(&mut stream).await?;
-        let result = self.take_state(&head, &mut stream).await;
+        let result = match self.keep_outstanding(&head.outstanding) {
+            Ok(()) => self.take_state(&head, &mut stream).await,
+            Err(error) => Err(error),
+        };
         if result.is_ok() {
             self.arrived.lock().state = Some(head);
         }
@@ -579,6 +577,7 @@ impl TargetSide {
             }
             vm.set_epoch(self.offer.epoch.next());
             self.open_layers().await?;
+            vm.reissue(self.outstanding().await?);
             vm.serve_disks(self.shared.vms.volumes()).await?;
             vm.write_record(self.shared.vms.config(), false)?;
             let qmp = vm.qmp().await?;
@@ -700,7 +699,7 @@ impl TargetSide {
                 self.shared.vms.volumes().drop_copy(&record);
             }
         }
-        let _ = tokio::fs::remove_file(self.state_path()).await;
+        self.remove_attachments().await;
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use whimbrel_wire::foreign::ForeignBus;
 use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
+use whimbrel_wire::peer::migrate::{DiskIo, QueueIo};
 use whimbrel_wire::record::vm::LocalVm as LocalRecord;
 use whimbrel_wire::{DiskId, Epoch, Name, VmId};
 
@@ -114,12 +115,27 @@ impl VmDisk {
         }
     }
 
-    /// Requests that the guest has made and that are not answered. Over NBD QEMU waits for all of them when it stops
-    /// the guest.
-    pub fn unfinished(&self) -> usize {
-        match &*self.server.lock() {
-            Some(DiskServer::VhostUser(server)) => server.unfinished(),
-            Some(DiskServer::Nbd(_)) | None => 0,
+    /// Whether the guest, when it is stopped from now on, leaves requests behind that do not end at once. Over NBD QEMU
+    /// waits for all of them.
+    pub fn cut_short(&self, cut_short: bool) {
+        if let Some(DiskServer::VhostUser(server)) = &*self.server.lock() {
+            server.cut_short(cut_short);
+        }
+    }
+
+    /// Requests that the stopped guest has made and that are not answered.
+    pub fn outstanding(&self) -> Result<DiskIo> {
+        let queues = match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.outstanding()?,
+            Some(DiskServer::Nbd(_)) | None => Vec::new(),
+        };
+        Ok(DiskIo { volume: self.volume.clone(), queues })
+    }
+
+    /// Has requests done first that were left unanswered where the guest was stopped.
+    fn reissue(&self, queues: Vec<QueueIo>) {
+        if let Some(DiskServer::VhostUser(server)) = &*self.server.lock() {
+            server.reissue(queues);
         }
     }
 
@@ -412,6 +428,15 @@ impl LocalVm {
             *qmp = Qmp::connect(&self.qmp_path, QMP_LIMIT).await?;
         }
         Ok(qmp.clone())
+    }
+
+    /// Has requests done first that were left unanswered where the guest was stopped.
+    pub fn reissue(&self, outstanding: Vec<DiskIo>) {
+        for io in outstanding {
+            if let Some(disk) = self.disks.iter().find(|disk| disk.volume == io.volume) {
+                disk.reissue(io.queues);
+            }
+        }
     }
 
     /// The serial console's socket, if it has one.

@@ -344,8 +344,27 @@ pub struct StateHead {
     pub state_bytes: u64,
     /// BLAKE3 of those bytes, hex.
     pub state_hash: String,
-    /// Outstanding I/O that was cancelled and is to be reissued: requests per volume. Guests of QEMU older than
-    /// 11 are drained instead, so that there is none.
+    /// Requests that the source left unanswered, to be done again by the target before anything else.
     #[serde(default)]
-    pub reissue: Vec<(Name, u64)>,
+    pub outstanding: Vec<DiskIo>,
+}
+
+/// Requests of a disk that were taken from the guest and not answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIo {
+    /// The disk's volume.
+    pub volume: Name,
+    /// By queue; those without such requests are left out.
+    pub queues: Vec<QueueIo>,
+}
+
+/// Requests of one virtqueue that were taken from the guest and not answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueIo {
+    /// The queue's number.
+    pub queue: u16,
+    /// Where the available ring goes on: the index of the first entry that was not taken.
+    pub next_avail: u16,
+    /// The first descriptor of each, in the order in which they were taken.
+    pub heads: Vec<u16>,
 }

@@ -22,7 +22,7 @@ const ENDLESS_BLOCKS: u64 = 200_000;
 
 /// Counts lost blocks: ours in several kills, qemu-storage-daemon's in one.
 pub(super) fn measure(bench: &Bench, figures: &mut BTreeMap<String, f64>) -> Result<()> {
-    let kills = if bench.quick { 4 } else { 8 };
+    let kills = if bench.quick { 8 } else { 200 };
     let (mut lost, mut promised) = (0, 0);
     for kill in 0..kills {
         let mut server = Server::ours(bench, "ours-crash", false)?;
