@@ -97,19 +97,20 @@ impl Migrations {
         target::register(&self.shared, router)
     }
 
-    /// VMs whose fate the journal decides. Not those of which only blocks are still on their way here.
+    /// VMs whose fate the journal decides.
     pub fn unfinished(&self) -> Result<Vec<Name>> {
         Ok(self.deciding()?.into_iter().map(|entry| entry.offer.vm).collect())
     }
 
-    /// Entries of moves that decide about their VM; while only a disk's blocks follow it is one of this host's like any
-    /// other.
+    /// Entries of moves that decide about their VM. Once the record says that it runs here it is one of this host's like
+    /// any other, while a disk's blocks follow too.
     fn deciding(&self) -> Result<Vec<JournalEntry>> {
         let mut entries = self.shared.journal.read_all()?;
-        let follows = |entry: &JournalEntry| {
-            (entry.side, entry.step, entry.course) == (Side::Target, Step::Pull, Course::Onward)
+        let runs_here = |entry: &JournalEntry| {
+            (entry.side, entry.course) == (Side::Target, Course::Onward)
+                && matches!(entry.step, Step::Pull | Step::Release)
         };
-        entries.retain(|entry| !follows(entry));
+        entries.retain(|entry| !runs_here(entry));
         Ok(entries)
     }
 

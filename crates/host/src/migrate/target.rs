@@ -242,7 +242,7 @@ impl TargetSide {
         // Before the machine moves: it must find the QEMU that may be running the guest already.
         let vm = match shared.vms.local_record(&offer.vm)? {
             // It is found again with the other VMs of this host.
-            _ if machine.step_now() == Step::Pull => None,
+            _ if matches!(machine.step_now(), Step::Pull | Step::Release) => None,
             Some(local) => shared.vms.reattach(&local, offer.epoch.next(), false).await?,
             None => None,
         };

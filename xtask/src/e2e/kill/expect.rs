@@ -44,6 +44,10 @@ pub(super) fn without(case: &Case) -> Vec<Is> {
     let early = case.is(&BEFORE_PAUSE) || case.is(&["pause"]);
     let before_commit = early || case.is(&PAUSED);
     match case.victim {
+        // QEMU may have paused the guest by then, and goes on only when its agent is back.
+        Victim::SourceAgent if case.mode == "b" && case.is(&["pause"]) => {
+            vec![Is::Source, Is::Operator(None)]
+        }
         Victim::SourceAgent if early => vec![Is::Source],
         // The target has not got all of it: only the source can go on.
         Victim::SourceAgent if before_commit => vec![Is::Operator(None)],

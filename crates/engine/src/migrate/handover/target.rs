@@ -4,7 +4,7 @@
 //! reason to look now.
 
 use whimbrel_wire::api::DiskMove;
-use whimbrel_wire::meta::VmState;
+use whimbrel_wire::meta::{Mode, VmState};
 use whimbrel_wire::peer::migrate::{Course, JournalEntry, Offer, Side, Step, ToSource, ToTarget};
 use whimbrel_wire::{ErrorKind, HostId, Time, WireError};
 
@@ -321,11 +321,18 @@ impl Target {
         }
     }
 
+    /// The guest may stand still at the source. In mode B QEMU itself pauses it, before anybody says so.
+    fn may_be_paused(&self) -> bool {
+        let from = match self.offer.mode {
+            Mode::A => Step::Pause,
+            Mode::B => Step::Copy,
+        };
+        self.step >= from && matches!(self.state, State::Receiving | State::Verifying | State::Ready)
+    }
+
     /// The source went silent with the guest paused, and the record does not say so yet.
     fn wants_operator(&self, now: Time) -> bool {
-        let paused = self.step >= Step::Pause
-            && matches!(self.state, State::Receiving | State::Verifying | State::Ready);
-        paused && !self.called && now.since_ms(self.heard) >= limit::PEER_SILENT_MS
+        self.may_be_paused() && !self.called && now.since_ms(self.heard) >= limit::PEER_SILENT_MS
     }
 
     // ---- what happened ------------------------------------------------------------------------------------------
@@ -342,7 +349,13 @@ impl Target {
             (ToTarget::Enter(Step::Prepare), State::Receiving) => {
                 self.say(now, ToSource::Did(Step::Prepare), out);
             }
-            (ToTarget::Enter(step), State::Receiving) => self.follow(step, out),
+            (ToTarget::Enter(step), State::Receiving) => match &self.broken {
+                None => self.follow(step, out),
+                Some(error) => {
+                    let answer = ToSource::Failed(self.step, error.clone());
+                    self.say(now, answer, out);
+                }
+            },
             (ToTarget::Enter(Step::Verify), State::Ready) => {
                 let answer = match &self.broken {
                     None => ToSource::Did(Step::Verify),
@@ -418,8 +431,7 @@ impl Target {
     ) {
         match (work, self.state) {
             (TargetWork::Negotiate | TargetWork::Prepare | TargetWork::Verify, _) if self.before_ready() => {
-                self.say(now, ToSource::Failed(self.step, error.clone()), out);
-                self.discard(Outcome::Stayed(error), out);
+                self.cannot_take(error, out);
             }
             (TargetWork::Resume, State::Resuming) if may_have_run || self.may_have_run => {
                 self.crashed(now, error, out);
@@ -441,12 +453,23 @@ impl Target {
 
     fn on_broken(&mut self, error: WireError, out: &mut Out) {
         if self.before_ready() {
-            out.push(Action::Send(ToSource::Failed(self.step, error.clone())));
-            self.discard(Outcome::Stayed(error), out);
+            self.cannot_take(error, out);
         } else if self.state == State::Ready {
             // The source may have sent COMMIT already; it decides, the record tells.
             out.push(Action::Send(ToSource::Failed(Step::Verify, error.clone())));
             self.broken = Some(error);
+        }
+    }
+
+    /// Tells the source that nothing will come of it. While the guest may stand still there, this side stays: if the
+    /// source does not hear of it, because it is gone, somebody has to call the operator.
+    fn cannot_take(&mut self, error: WireError, out: &mut Out) {
+        out.push(Action::Send(ToSource::Failed(self.step, error.clone())));
+        if self.may_be_paused() {
+            self.state = State::Receiving;
+            self.broken.get_or_insert(error);
+        } else {
+            self.discard(Outcome::Stayed(error), out);
         }
     }
 
@@ -645,7 +668,10 @@ impl Target {
     /// Before READY the guest can only go on at the source: that has all of it, this side does not.
     fn operator_words(&self) -> String {
         let Offer { vm, source, target, .. } = &self.offer;
-        let paused = format!("host {source} paused vm {vm} for a move to {target} and is silent");
+        let paused = match self.step >= Step::Pause {
+            true => format!("host {source} paused vm {vm} for a move to {target} and is silent"),
+            false => format!("host {source} may have paused vm {vm} for a move to {target} and is silent"),
+        };
         if self.state == State::Ready {
             format!(
                 "{paused}: bring {source} back, or make sure that it is off and run: vm recover {vm} --on {target}"

@@ -661,6 +661,25 @@ fn a_silent_target_is_reported_to_the_operator_who_can_choose_the_source() {
     assert_eq!(world.at_source, Guest::Runs);
 }
 
+/// In mode B the waiting QEMU ends with the source's stream, which ends with the source's agent.
+#[test]
+fn a_target_that_breaks_because_the_source_is_gone_stays_to_call_the_operator() {
+    let mut world = World::new(None, DiskMove::Copy);
+    world.faults = false;
+    while world.target.as_ref().is_none_or(|target| target.step_now() < Step::ListIo) {
+        world.go_on();
+    }
+    world.crash(Side::Source, 1);
+    world.target(Event::Broken(trouble()));
+    while world.vm.state != VmState::NeedsOperator {
+        world.pending.retain(|pending| !matches!(pending, Pending::ToSource(_)));
+        world.go_on();
+    }
+    world.calm().unwrap();
+    assert_eq!(world.at_source, Guest::Runs);
+    assert_eq!((world.vm.state, world.vm.waiting_for.clone()), (VmState::Running, None));
+}
+
 #[test]
 fn before_ready_the_operator_is_not_sent_to_the_target() {
     let mut world = World::new(None, DiskMove::Copy);
