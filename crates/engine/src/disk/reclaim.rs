@@ -12,7 +12,8 @@
 //! it costs no write; what it cannot free is the index (a block per flush at worst) and the rest of long records. A move
 //! writes at most as much as it frees, so a layer never writes more than twice what its guest does because of it.
 //!
-//! Invariants: the segment that is being appended to is neither moved nor dropped. What is chosen frees at least
+//! Invariants: the segment that is being appended to is neither moved nor dropped, nor one that was begun since the look
+//! began: what is live in it may have been counted too early. What is chosen frees at least
 //! [`PIECE_BLOCKS`], or is a whole segment; so choosing again and again comes to an end.
 //!
 //! Not here: how it is done safely, and at which rate (`host::disk`).
@@ -44,10 +45,11 @@ pub enum Work {
     Move(u32),
 }
 
-/// The next piece of work; `tail` is the segment that is being appended to, `piece_blocks` what is too little to care
+/// The next piece of work; `tail` is the segment that was being appended to when counting began, `piece_blocks` what is too little to care
 /// ([`PIECE_BLOCKS`]).
 pub fn choose(segments: &[SegmentUse], tail: u32, piece_blocks: u32) -> Option<Work> {
-    let closed = || segments.iter().filter(|segment| segment.segment != tail);
+    // Nothing is appended to those any more, so what is live in them only becomes less.
+    let closed = || segments.iter().filter(|segment| segment.segment < tail);
     if let Some(empty) = closed().find(|segment| segment.live_blocks == 0) {
         return Some(Work::Drop(empty.segment));
     }
@@ -150,6 +152,14 @@ mod test {
                 prop_assert!(left < PIECE_BLOCKS, "{left} blocks of dead space stay");
             }
         }
+    }
+
+    #[test]
+    fn a_segment_begun_since_the_look_began_is_left_alone() {
+        let empty =
+            |segment| SegmentUse { segment, live_blocks: 0, disk_blocks: 9000, live_at_punch: Some(0) };
+        assert_eq!(choose(&[empty(4), empty(5)], 4, PIECE_BLOCKS), None);
+        assert_eq!(choose(&[empty(3), empty(5)], 4, PIECE_BLOCKS), Some(Work::Drop(3)));
     }
 
     #[test]

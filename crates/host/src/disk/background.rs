@@ -228,7 +228,7 @@ impl Layer {
                 Work::Drop(_) => {
                     let empty: Vec<u32> = uses
                         .iter()
-                        .filter(|segment| segment.segment != tail && segment.live_blocks == 0)
+                        .filter(|segment| segment.segment < tail && segment.live_blocks == 0)
                         .map(|segment| segment.segment)
                         .collect();
                     self.drop_segments(&empty)?
@@ -262,7 +262,7 @@ impl Layer {
         segments.values().filter_map(|file| file.disk_bytes().ok()).sum::<u64>() / BLOCK_BYTES
     }
 
-    /// How much of each segment is live, and the segment that is being appended to.
+    /// How much of each segment is live, and the segment that was being appended to before they were counted.
     fn segment_uses(&self) -> (Vec<SegmentUse>, u32) {
         let tail = self.log.lock().point().segment;
         let segments = self.view.read().segments.clone();
@@ -282,7 +282,7 @@ impl Layer {
             let disk_bytes = file.disk_bytes().ok()?;
             let disk_blocks = u32::try_from(disk_bytes / BLOCK_BYTES).unwrap_or(u32::MAX);
             let mut live_blocks = live.get(number).copied().unwrap_or(0);
-            if live_blocks == 0 && *number != tail {
+            if live_blocks == 0 && *number < tail {
                 // Its records of zeros would have to be appended again, in so many blocks of index.
                 let zeros = self.live_zeros(*number, file).ok()?.len().div_ceil(INDEX_ENTRIES - 1);
                 if zeros * ZEROS_SHARE > disk_blocks as usize {
@@ -370,8 +370,9 @@ impl Layer {
             }
             at = group.next;
         }
-        // Every record of a segment that another one follows was durable when that one was begun.
-        if self.log.lock().point().segment > number {
+        // Every record of a segment that another one follows was durable when that one was begun. Its head must become
+        // durable too, which the flush before holes are punched sees to once it has a record.
+        if self.view.read().segments.range(number.saturating_add(1)..).next().is_some() {
             believed = u64::MAX;
         }
         let mut dead: Vec<(u32, u32)> = Vec::new();
