@@ -36,6 +36,13 @@ pub(super) struct Ident {
     pub(super) segment_blocks: u32,
 }
 
+impl Ident {
+    /// Where a block of a segment is in the log, blocks from its beginning.
+    pub(super) fn place(&self, segment: u32, block: u32) -> u64 {
+        u64::from(segment) * u64::from(self.segment_blocks) + u64::from(block)
+    }
+}
+
 #[derive(Debug)]
 struct Group {
     block: u32,
@@ -168,7 +175,7 @@ impl Log {
     }
 
     fn place(&self, block: u32) -> Result<u32> {
-        let place = u64::from(self.point.segment) * u64::from(self.ident.segment_blocks) + u64::from(block);
+        let place = self.ident.place(self.point.segment, block);
         u32::try_from(place).ok().filter(|place| *place < u32::MAX - self.ident.segment_blocks).ok_or_else(
             || {
                 Error::new(

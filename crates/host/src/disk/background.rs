@@ -32,17 +32,16 @@ use parking_lot::Mutex;
 use whimbrel_engine::disk::extent_map::Piece;
 use whimbrel_engine::disk::reclaim::{self, SegmentUse, Work};
 use whimbrel_wire::record::layer::{
-    BLOCK_BYTES, BLOCK_LEN, Entry, EntryKind, INDEX_ENTRIES, LogPoint, PAYLOAD_BYTES_MAX, Run, RunKind,
-    SegmentHead,
+    BLOCK_BYTES, BLOCK_LEN, EntryKind, INDEX_ENTRIES, PAYLOAD_BYTES_MAX, Run, RunKind,
 };
 
 use super::append::{Record, segment_name};
 use super::files::DataFile;
 use super::layer::{CLOSED, Layer};
-use super::recover::read_group;
+use super::recover::{live_blocks, read_group, segment_start};
 use super::{checkpoint, slices};
 use crate::block_dev::BlockDev as _;
-use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::error::{Context as _, Result};
 
 /// Records after which a flush starts a checkpoint in the background.
 const CHECKPOINT_RECORDS: u64 = 1 << 20;
@@ -192,7 +191,7 @@ impl Layer {
     /// Place of the log's end, blocks.
     fn end_place(&self) -> u64 {
         let end = self.log.lock().point();
-        u64::from(end.segment) * u64::from(self.ident.segment_blocks) + u64::from(end.block)
+        self.ident.place(end.segment, end.block)
     }
 
     fn reclaim_is_due(&self) -> bool {
@@ -219,7 +218,10 @@ impl Layer {
         let mut total = Reclaimed::default();
         while self.may_destroy() {
             *self.reclaim.looked_at.lock() = (self.end_place(), self.disk_blocks());
+            let looking = Instant::now();
             let (uses, tail) = self.segment_uses();
+            // A look walks the whole map.
+            rest(looking);
             let Some(work) = reclaim::choose(&uses, tail, self.reclaim.piece_blocks.load(Ordering::Relaxed))
             else {
                 break;
@@ -345,7 +347,7 @@ impl Layer {
                 }
                 done.punched_blocks += blocks;
             }
-            std::thread::sleep((started.elapsed() * REST_TIMES).min(REST_MAX));
+            rest(started);
         }
         Ok(done)
     }
@@ -363,7 +365,7 @@ impl Layer {
             }
             for entry in group.entries {
                 if let EntryKind::Data { block, .. } = entry.kind
-                    && !self.is_live(number, &entry, block)
+                    && live_blocks(&self.view.read().map, &header, number, &entry) == 0
                 {
                     records.push((entry.seq, block, entry.payload_blocks()));
                 }
@@ -387,23 +389,6 @@ impl Layer {
         Ok(dead)
     }
 
-    /// Whether any block of a record is what a reader would get.
-    pub(super) fn is_live(&self, segment: u32, entry: &Entry, block: u32) -> bool {
-        let first = entry.offset_bytes / BLOCK_BYTES;
-        let blocks = entry.length_bytes / BLOCK_BYTES;
-        let place = u64::from(segment) * u64::from(self.ident.segment_blocks) + u64::from(block);
-        let view = self.view.read();
-        let mut done = 0;
-        while done < blocks {
-            let (piece, length) = view.map.lookup(first + done, blocks - done);
-            if u32::try_from(place + done).is_ok_and(|place| piece == Piece::Data(place)) {
-                return true;
-            }
-            done += length;
-        }
-        false
-    }
-
     /// Appends what is live in a segment once more.
     fn move_segment(&self, number: u32) -> Result<Reclaimed> {
         let Some(file) = self.segment(number) else { return Ok(Reclaimed::default()) };
@@ -419,7 +404,7 @@ impl Layer {
                 done.moved_blocks += moved;
                 began.1 += moved;
                 if began.1 >= STEP_BLOCKS {
-                    std::thread::sleep((began.0.elapsed() * REST_TIMES).min(REST_MAX));
+                    rest(began.0);
                     began = (Instant::now(), 0);
                 }
             }
@@ -503,12 +488,7 @@ impl Layer {
             let mut still = Vec::new();
             self.zeros_in(first, first + blocks, &mut still);
             for (first, blocks) in still {
-                let record = Record {
-                    offset_bytes: first * BLOCK_BYTES,
-                    length_bytes: blocks * BLOCK_BYTES,
-                    payload: None,
-                };
-                self.append(&mut log, &record)?;
+                self.append_zeros(&mut log, first, blocks)?;
             }
         }
         Ok(())
@@ -543,16 +523,7 @@ impl Layer {
     }
 }
 
-/// Where a segment's first group begins.
-pub(super) fn segment_start(file: &DataFile, number: u32) -> Result<LogPoint> {
-    let mut block = [0; BLOCK_LEN];
-    file.read(0, &mut [IoSliceMut::new(&mut block)]).context("read the head of a segment")?;
-    let head = SegmentHead::decode(&block).map_err(Error::from)?;
-    if head.segment != number {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!("read the head of segment {number}: it says {}", head.segment),
-        ));
-    }
-    Ok(LogPoint { segment: number, block: 1, seq: head.first_seq, chain: head.chain })
+/// After work since `began`, leaves the disk to others for longer than that took.
+fn rest(began: Instant) {
+    std::thread::sleep((began.elapsed() * REST_TIMES).min(REST_MAX));
 }

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
-use whimbrel_wire::record::layer::{BLOCK_BYTES, Entry, EntryKind, Header, LogPoint, Run, State, runs};
+use whimbrel_wire::record::layer::{BLOCK_BYTES, Header, LogPoint, Run, State, runs};
 
 use super::files::Dir;
 use super::header_file::HeaderFile;
@@ -115,7 +115,7 @@ fn check_log(
         let cut = next.map_or(end_seq, |(_, (_, next))| next.first_seq);
         while let Some(group) = recover::read_group(file, header, at)? {
             for entry in group.entries.iter().filter(|entry| entry.seq < cut) {
-                let live = live_in(opened, header, segment, entry);
+                let live = recover::live_blocks(opened, header, segment, entry);
                 live_blocks += live;
                 if live > 0 && !recover::payload_is_whole(file, entry, &mut buffer)? {
                     report.problems.push(format!(
@@ -133,22 +133,6 @@ fn check_log(
         report.notes.push(format!("{} records at the end are torn and do not count", at.seq - end_seq));
     }
     Ok((map, live_blocks))
-}
-
-/// Blocks of a record that the map names.
-fn live_in(map: &ExtentMap, header: &Header, segment: u32, entry: &Entry) -> u64 {
-    let EntryKind::Data { block, .. } = entry.kind else { return 0 };
-    let (first, blocks) = (entry.offset_bytes / BLOCK_BYTES, entry.length_bytes / BLOCK_BYTES);
-    let place = u64::from(segment) * u64::from(header.segment_blocks) + u64::from(block);
-    let (mut done, mut live) = (0, 0);
-    while done < blocks {
-        let (piece, length) = map.lookup(first + done, blocks - done);
-        if u32::try_from(place + done).is_ok_and(|place| piece == Piece::Data(place)) {
-            live += length;
-        }
-        done += length;
-    }
-    live
 }
 
 /// The map as it opens must be the map that the whole log makes.

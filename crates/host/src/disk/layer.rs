@@ -223,7 +223,6 @@ impl Layer {
     pub fn info(&self) -> LayerInfo {
         let header = self.header.lock().get().clone();
         let end = self.log.lock().point();
-        let blocks = u64::from(end.segment) * u64::from(self.ident.segment_blocks) + u64::from(end.block);
         LayerInfo {
             disk_id: header.disk_id,
             data_id: header.data_id,
@@ -233,7 +232,7 @@ impl Layer {
             state: header.state,
             end,
             durable_seq: self.durable_seq.load(Ordering::Acquire),
-            log_bytes: blocks * BLOCK_BYTES,
+            log_bytes: self.ident.place(end.segment, end.block) * BLOCK_BYTES,
             map_bytes: self.view.read().map.heap_bytes() as u64,
             writable: self.is_writable(),
         }
@@ -405,6 +404,12 @@ impl Layer {
         Ok(())
     }
 
+    /// Appends that so many blocks from `first` on are zeros; the caller holds the log.
+    pub(super) fn append_zeros(&self, log: &mut Log, first: u64, blocks: u64) -> Result<()> {
+        let (offset_bytes, length_bytes) = (first * BLOCK_BYTES, blocks * BLOCK_BYTES);
+        self.append(log, &Record { offset_bytes, length_bytes, payload: None })
+    }
+
     /// The log, for a handle that may write.
     fn log_for_write(&self) -> Result<parking_lot::MutexGuard<'_, Log>> {
         let log = self.log.lock();
@@ -530,9 +535,8 @@ impl Layer {
         edge(offset, first_whole.min(end))?;
         if first_whole < last_whole {
             let length_bytes = last_whole - first_whole;
-            let record = Record { offset_bytes: first_whole, length_bytes, payload: None };
             let mut log = self.log_for_write()?;
-            self.append(&mut log, &record)?;
+            self.append_zeros(&mut log, first_whole / BLOCK_BYTES, length_bytes / BLOCK_BYTES)?;
         }
         edge(last_whole.max(first_whole).min(end), end)
     }

@@ -124,12 +124,7 @@ impl Layer {
             let mut log = self.log_for_copy()?;
             let (pieces, next) = self.wanted(block, run.end(), take);
             for (first, blocks) in pieces {
-                let record = Record {
-                    offset_bytes: first * BLOCK_BYTES,
-                    length_bytes: blocks * BLOCK_BYTES,
-                    payload: None,
-                };
-                self.append(&mut log, &record)?;
+                self.append_zeros(&mut log, first, blocks)?;
             }
             block = next;
         }

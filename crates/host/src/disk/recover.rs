@@ -11,6 +11,7 @@
 //! Not here: where the next record goes (`append`), the full verification of a layer (`check`).
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::IoSliceMut;
 use std::sync::Arc;
 
 use whimbrel_engine::disk::extent_map::{ExtentMap, Piece};
@@ -95,6 +96,36 @@ pub(super) fn apply(map: &mut ExtentMap, header: &Header, segment: u32, entry: &
         }
     };
     map.set(entry.offset_bytes / BLOCK_BYTES, entry.length_bytes / BLOCK_BYTES, piece);
+}
+
+/// Blocks of a record that the map names.
+pub(super) fn live_blocks(map: &ExtentMap, header: &Header, segment: u32, entry: &Entry) -> u64 {
+    let EntryKind::Data { block, .. } = entry.kind else { return 0 };
+    let (first, blocks) = (entry.offset_bytes / BLOCK_BYTES, entry.length_bytes / BLOCK_BYTES);
+    let place = u64::from(segment) * u64::from(header.segment_blocks) + u64::from(block);
+    let (mut done, mut live) = (0, 0);
+    while done < blocks {
+        let (piece, length) = map.lookup(first + done, blocks - done);
+        if u32::try_from(place + done).is_ok_and(|place| piece == Piece::Data(place)) {
+            live += length;
+        }
+        done += length;
+    }
+    live
+}
+
+/// Where a segment's first group begins.
+pub(super) fn segment_start(file: &DataFile, number: u32) -> Result<LogPoint> {
+    let mut block = [0; BLOCK_LEN];
+    file.read(0, &mut [IoSliceMut::new(&mut block)]).context("read the head of a segment")?;
+    let head = SegmentHead::decode(&block).map_err(Error::from)?;
+    if head.segment != number {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("read the head of segment {number}: it says {}", head.segment),
+        ));
+    }
+    Ok(LogPoint { segment: number, block: 1, seq: head.first_seq, chain: head.chain })
 }
 
 /// Blocks of the disk.

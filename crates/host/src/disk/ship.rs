@@ -19,13 +19,13 @@ use serde::{Deserialize, Serialize};
 use whimbrel_engine::disk::extent_map::Piece;
 use whimbrel_wire::record::layer::ship::ChunkBuilder;
 use whimbrel_wire::record::layer::{
-    BLOCK_BYTES, BLOCK_LEN, Entry, EntryKind, Header, LogPoint, Run, RunKind, SegmentHead, ShipPosition, runs,
+    BLOCK_BYTES, Entry, EntryKind, Header, LogPoint, Run, RunKind, ShipPosition, runs,
 };
 use whimbrel_wire::{DataId, Epoch};
 
 use super::files::DataFile;
 use super::layer::Layer;
-use super::recover::{Group, read_group};
+use super::recover::{Group, read_group, segment_start};
 use crate::block_dev::BlockDev;
 use crate::error::{Context, Error, ErrorKind, Result};
 
@@ -74,8 +74,7 @@ impl Layer {
 
     /// At most this much of the log is left to ship, bytes.
     pub fn ship_left_bytes(&self, from: &ShipPosition) -> u64 {
-        let place =
-            |at: LogPoint| u64::from(at.segment) * u64::from(self.ident.segment_blocks) + u64::from(at.block);
+        let place = |at: LogPoint| self.ident.place(at.segment, at.block);
         place(self.log.lock().point()).saturating_sub(place(from.at)) * BLOCK_BYTES
     }
 
@@ -126,10 +125,7 @@ impl Layer {
             // Records that a dead session left torn at the end of its segment do not count.
             let next = match following {
                 Some((number, next)) if at.segment < end.segment => {
-                    let mut block = [0; BLOCK_LEN];
-                    next.read(0, &mut [IoSliceMut::new(&mut block)]).with_context(what)?;
-                    let head = SegmentHead::decode(&block).map_err(Error::from).with_context(what)?;
-                    Some(LogPoint { segment: number, block: 1, seq: head.first_seq, chain: head.chain })
+                    Some(segment_start(&next, number).with_context(what)?)
                 }
                 _ => None,
             };
@@ -175,8 +171,7 @@ impl Layer {
             match entry.kind {
                 EntryKind::Zero if piece == Piece::Zero => chunk.zero(offset, length * BLOCK_BYTES),
                 EntryKind::Data { block, payload_crc } => {
-                    let place =
-                        u64::from(segment) * u64::from(self.ident.segment_blocks) + u64::from(block) + done;
+                    let place = self.ident.place(segment, block) + done;
                     if piece == u32::try_from(place).map_or(Piece::Absent, Piece::Data) {
                         if !loaded {
                             payload.resize(entry.length_bytes as usize, 0);

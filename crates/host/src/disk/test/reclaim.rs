@@ -2,6 +2,7 @@
 
 use whimbrel_engine::disk::reclaim::PIECE_BLOCKS;
 
+use super::ship::{seal, ship};
 use super::*;
 use crate::disk::files::Dir;
 use crate::disk::{LayerReceiver, check};
@@ -97,14 +98,9 @@ fn what_was_overwritten_is_freed_and_everything_else_stays() {
     let there = temp_dir();
     let spec = layer.spec();
     let mut receiver = LayerReceiver::create(&there.path().join("layer"), &spec).unwrap();
-    let mut position = layer.ship_from();
-    let end = layer.ship_end().unwrap();
-    while !end.reached(&position) {
-        let (chunk, next) = layer.read_ship(&position, 1 << 20).unwrap();
-        receiver.write(&chunk).unwrap();
-        position = next;
-    }
-    let arrived = receiver.finish(&end.seal(position)).unwrap().open(None, Epoch(2)).unwrap();
+    ship(&layer, &mut receiver);
+    let seal = seal(&layer, &receiver);
+    let arrived = receiver.finish(&seal).unwrap().open(None, Epoch(2)).unwrap();
     assert!(read_all(&*arrived) == oracle);
 }
 
@@ -248,14 +244,9 @@ fn zeros_over_an_image_outlive_the_segment_that_said_so() {
     assert!(done.dropped_segments > 0, "{done:?}");
     let there = temp_dir();
     let mut receiver = LayerReceiver::create(&there.path().join("layer"), &layer.spec()).unwrap();
-    let mut position = layer.ship_from();
-    let end = layer.ship_end().unwrap();
-    while !end.reached(&position) {
-        let (chunk, next) = layer.read_ship(&position, 1 << 20).unwrap();
-        receiver.write(&chunk).unwrap();
-        position = next;
-    }
-    let arrived = receiver.finish(&end.seal(position)).unwrap().open(Some(image()), Epoch(2)).unwrap();
+    ship(&layer, &mut receiver);
+    let seal = seal(&layer, &receiver);
+    let arrived = receiver.finish(&seal).unwrap().open(Some(image()), Epoch(2)).unwrap();
     assert!(read_all(&*arrived) == oracle);
     drop(layer);
     assert!(read_all(&*Layer::open(&path, Some(image()), Epoch(1), true).unwrap()) == oracle);

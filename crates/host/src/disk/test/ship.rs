@@ -13,7 +13,7 @@ fn two() -> (TempDir, Arc<Layer>, PathBuf) {
 }
 
 /// Ships everything that is there; gives the bytes sent.
-fn ship(layer: &Layer, receiver: &mut LayerReceiver) -> usize {
+pub(super) fn ship(layer: &Layer, receiver: &mut LayerReceiver) -> usize {
     let mut sent = 0;
     loop {
         let from = receiver.position();
@@ -28,7 +28,7 @@ fn ship(layer: &Layer, receiver: &mut LayerReceiver) -> usize {
     }
 }
 
-fn seal(layer: &Layer, receiver: &LayerReceiver) -> ShipSeal {
+pub(super) fn seal(layer: &Layer, receiver: &LayerReceiver) -> ShipSeal {
     let end = layer.ship_end().unwrap();
     assert!(end.reached(&receiver.position()));
     end.seal(receiver.position())
