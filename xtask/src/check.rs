@@ -103,11 +103,13 @@ fn cargo(args: &[&str]) -> Command {
 
 /// Builds the product and gives its program.
 pub fn build(release: bool) -> Result<PathBuf> {
-    let mut c = cargo(&["build", "--quiet", "--package", "whimbrel"]);
-    if release {
-        c.arg("--release");
-    }
-    run(&mut c)?;
+    run(&mut if release {
+        cargo(&["build", "--quiet", "--package", "whimbrel", "--release"])
+    } else {
+        // All of the workspace: a package alone takes other features of its dependencies, and the tests would
+        // compile them again.
+        cargo(&["build", "--quiet", "--workspace"])
+    })?;
     Ok(paths::target().join(if release { "release" } else { "debug" }).join("whimbrel"))
 }
 
@@ -196,7 +198,8 @@ fn reachable_by_all(path: &Path) -> bool {
 
 fn simulator(options: &Options) -> Result<()> {
     let seeds = if options.long { "0..50000" } else { "0..1000" };
-    run(&mut cargo(&["run", "--quiet", "--package", "whimbrel-sim", "--", "--seeds", seeds]))
+    build(false)?;
+    run(&mut cmd(paths::target().join("debug/whimbrel-sim"), &["--seeds", seeds]))
 }
 
 fn end_to_end(options: &Options) -> Result<()> {
