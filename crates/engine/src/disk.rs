@@ -3,5 +3,6 @@
 pub mod extent_map;
 pub mod identity;
 pub mod merge;
+pub mod pressure;
 pub mod reclaim;
 pub mod vhdx;

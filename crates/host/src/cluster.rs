@@ -114,6 +114,7 @@ fn new_host_record(name: &HostId, addresses: &[String], generation: u64, version
         version: version.to_owned(),
         platform: String::new(),
         domains: Vec::new(),
+        space: None,
     }
 }
 

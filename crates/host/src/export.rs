@@ -34,6 +34,7 @@ mod handover;
 mod inflight;
 pub mod nbd;
 mod op;
+mod pacer;
 mod pool;
 mod queue;
 mod ring;

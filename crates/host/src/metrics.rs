@@ -94,6 +94,14 @@ table! {
     image_cached_bytes: IntGauge = "whimbrel_image_cached_bytes";
     /// Blocks of image caches checked by the scrub.
     image_scrubbed_blocks: IntCounter = "whimbrel_image_scrubbed_blocks_total";
+    /// Space of the file system that volumes grow on.
+    volume_space_bytes: IntGauge = "whimbrel_volume_space_bytes";
+    /// What volumes may still take of it.
+    volume_space_free_bytes: IntGauge = "whimbrel_volume_space_free_bytes";
+    /// Sizes of this host's volumes together.
+    volume_space_promised_bytes: IntGauge = "whimbrel_volume_space_promised_bytes";
+    /// How short it is: 0 ample, 1 low, 2 critical, 3 full.
+    volume_space_pressure: IntGauge = "whimbrel_volume_space_pressure";
     /// When this host's certificate ends, seconds since 1970.
     certificate_end_seconds: IntGauge = "whimbrel_certificate_end_seconds";
     /// Certificates this host signed, by role.

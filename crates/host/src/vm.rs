@@ -29,7 +29,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use uuid::Uuid;
 use whimbrel_wire::api::{VmRun, VolumeSnapshot};
-use whimbrel_wire::meta::{VmRecord, VmSpec, VmState, VolumeRecord, key};
+use whimbrel_wire::meta::{IoLimits, VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{Epoch, HostId, Name, Object, Right, VmId};
 
 use crate::error::{Context as _, Error, ErrorKind, Result};
@@ -437,6 +437,28 @@ impl Vms {
             disk.set_disk_id(disk_id);
         }
         made
+    }
+
+    /// Limits what the clients of a volume of this host have of it, from now on and wherever it goes.
+    pub async fn limit_volume(&self, name: &Name, limits: IoLimits) -> Result<VolumeRecord> {
+        let volumes = self.volumes();
+        let (key, what) = (key::volume(name), format!("volume {name}"));
+        let record = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?.value;
+        let vm = match record.attached_to.filter(|_| record.right.holder == self.shared.host) {
+            Some(user) => Some(self.must_be_here(&user).await.with_context(|| format!("limit {what}"))?),
+            None => None,
+        };
+        // The record is part of a move: it must not change under one.
+        let _busy = vm.as_ref().map(|vm| vm.busy(&format!("limit {what}"))).transpose()?;
+        let old = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?;
+        let next = VolumeRecord { limits, ..old.value.clone() };
+        let change = Change::default().replace(&old, &next)?;
+        change.commit_or_refuse(volumes.meta(), &format!("limit {what}")).await?;
+        let disk = vm.as_ref().and_then(|vm| vm.disks.iter().find(|disk| disk.volume == *name));
+        for slot in disk.map(|disk| disk.slot.clone()).into_iter().chain(volumes.export_slot(name)) {
+            slot.limit(limits);
+        }
+        Ok(next)
     }
 
     /// Looks at a VM of this host: which mode it may be moved in, and why not the other.

@@ -8,10 +8,12 @@
 //! * A layer is opened for writing once per process, at the epoch of the record whose holder is this host.
 //! * A volume is in use by one VM or one socket.
 //!
-//! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`).
+//! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`), disks of other systems ([`files`]).
 
+mod files;
 mod on_demand;
 mod snapshot;
+mod space;
 #[cfg(test)]
 mod test_cluster;
 
@@ -20,12 +22,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use whimbrel_wire::api::{Export, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport};
-use whimbrel_wire::meta::{ImageParent, LayerRecord, VolumeRecord, key};
+use whimbrel_wire::api::{VolumeAttach, VolumeCheck, VolumeCreate};
+use whimbrel_wire::meta::{ImageParent, IoLimits, LayerRecord, VolumeRecord, key};
 use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
 
-use crate::block_dev::{BlockDev, BlockRead};
 use crate::blocking::blocking;
 use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
 use crate::error::{Context as _, Error, ErrorKind, Result};
@@ -35,11 +36,11 @@ use crate::link::{ExportTls, Links};
 use crate::meta::MetaStore;
 use crate::records::{self, Change};
 use crate::store::Store;
-use crate::store::convert::{Converter, ExportAs, Format, each_data};
-use crate::task::TaskHandle;
 use crate::vm::DiskServer;
+pub use files::{export_as, export_file, format_of, open_file};
 use on_demand::OnDemand;
 pub use snapshot::{Claim, SnapshotWith};
+pub use space::SpaceWatch;
 
 /// All volumes of this host.
 #[derive(Clone)]
@@ -177,6 +178,7 @@ impl Volumes {
             },
             attached_to: None,
             depends_on: None,
+            limits: IoLimits::default(),
         };
         let change = change.create(&key::volume(name), &record)?;
         let made = change.commit_or_refuse(&*shared.meta, action).await;
@@ -433,6 +435,7 @@ impl Volumes {
         })?;
         let layer = self.open(record).await?;
         let slot = DeviceSlot::active(layer);
+        slot.limit(record.limits);
         let run_dir = &self.shared.run_dir;
         let (place, server) = if over_nbd {
             let options = NbdOptions {
@@ -468,61 +471,6 @@ impl Volumes {
         self.close(disk_id);
         stopped
     }
-
-    /// Makes a volume from a disk image file.
-    pub async fn import(
-        &self,
-        request: &VolumeImport,
-        convert: Arc<Converter>,
-        task: &Arc<TaskHandle>,
-    ) -> Result<()> {
-        let file = PathBuf::from(&request.file);
-        let source = open_file(convert, file, request.format.as_deref(), task).await?;
-        let create = VolumeCreate {
-            name: request.name.clone(),
-            image: None,
-            size_bytes: Some(source.size_bytes()),
-            from: None,
-        };
-        let record = self.create(&create).await?;
-        task.phase("write");
-        let result = async {
-            let layer = self.open(&record).await?;
-            let task = Arc::clone(task);
-            blocking("copy a disk", move || copy(&*source, &*layer, &task)).await
-        };
-        let result = result.await;
-        self.close(record.disk_id);
-        if result.is_err() {
-            self.remove(&request.name).await?;
-        }
-        result
-    }
-
-    /// Writes a volume to a disk image file.
-    pub async fn export(
-        &self,
-        record: &VolumeRecord,
-        file: PathBuf,
-        what: ExportAs,
-        convert: Arc<Converter>,
-        task: &Arc<TaskHandle>,
-    ) -> Result<()> {
-        if let Some(vm) = &record.attached_to {
-            return Err(Error::new(
-                ErrorKind::Refused,
-                format!("export volume {}: vm {vm} writes it", record.name),
-            )
-            .hint("stop the VM first"));
-        }
-        let layer = self.open(record).await?;
-        let what = ExportAs { disk_id: Some(record.disk_id.0), ..what };
-        let result = export_file(convert, layer, file, what, task).await;
-        if !self.is_exported(&record.name) {
-            self.close(record.disk_id);
-        }
-        result
-    }
 }
 
 /// The layer of a volume, as the record knows it.
@@ -539,64 +487,4 @@ fn spec_of(record: &VolumeRecord) -> LayerSpec {
         epoch: record.right.epoch,
         segment_blocks: SEGMENT_BLOCKS,
     }
-}
-
-/// The stated format, or the one that the file's extension stands for; never what its content looks like.
-pub fn format_of(file: &Path, stated: Option<&str>) -> Result<Format> {
-    stated.map_or_else(|| Format::of_extension(file), str::parse)
-}
-
-/// What a request wants written to `file`.
-pub fn export_as(file: &Path, request: &Export) -> Result<ExportAs> {
-    let format = format_of(file, request.format.as_deref())?;
-    Ok(ExportAs { format, disk_id: None, parent: request.parent.as_ref().map(PathBuf::from) })
-}
-
-/// Opens a disk image file for reading, converting it if it is neither raw nor VHDX.
-pub async fn open_file(
-    convert: Arc<Converter>,
-    file: PathBuf,
-    format: Option<&str>,
-    task: &Arc<TaskHandle>,
-) -> Result<Arc<dyn BlockRead>> {
-    let format = format.map(str::parse).transpose()?;
-    task.phase("convert");
-    let task = Arc::clone(task);
-    let opened = blocking("open a disk image", move || {
-        convert.open(&file, format, &mut |done, total| step(&task, done, total))
-    });
-    opened.await
-}
-
-/// Writes a disk to a disk image file.
-pub async fn export_file(
-    convert: Arc<Converter>,
-    disk: Arc<dyn BlockRead>,
-    file: PathBuf,
-    what: ExportAs,
-    task: &Arc<TaskHandle>,
-) -> Result<()> {
-    task.phase("write");
-    let task = Arc::clone(task);
-    blocking("write a disk image", move || {
-        convert.export(&*disk, &file, &what, &mut |done, total| step(&task, done, total))
-    })
-    .await
-}
-
-/// Reports progress; an error if somebody cancelled.
-fn step(task: &TaskHandle, done: u64, total: u64) -> Result<()> {
-    task.progress(done, total);
-    if task.is_cancelled() {
-        return Err(Error::new(ErrorKind::Cancelled, "copy a disk: cancelled"));
-    }
-    Ok(())
-}
-
-/// Copies what `source` holds into `target`, which reads as zeros.
-fn copy(source: &dyn BlockRead, target: &dyn BlockDev, task: &TaskHandle) -> Result<()> {
-    each_data(source, &mut |done, total| step(task, done, total), &mut |offset, bytes| {
-        target.write(offset, &[std::io::IoSlice::new(bytes)])
-    })?;
-    target.flush()
 }

@@ -331,6 +331,7 @@ impl World {
             right: right(Object::Layer(disk)),
             attached_to: Some(vm_name()),
             depends_on: None,
+            limits: Default::default(),
         };
         let seed = reads::Seed::new(count, &mut rng);
         let mut world = Self {

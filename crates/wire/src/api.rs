@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::error::WireError;
 use crate::id::{DataId, DiskId, HostId, ImageId, ImageRef, Name, Role, SnapshotRef};
-use crate::meta::{Mode, VmSpec, VmState};
+use crate::meta::{IoLimits, Mode, Space, VmSpec, VmState};
 
 /// A virtual machine, as `vm list` and `vm show` print it.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -276,6 +276,9 @@ pub struct Volume {
     /// The layers under the writable one, the newest first: snapshots, and what a clone was made from.
     #[serde(default)]
     pub chain: Vec<VolumeLayer>,
+    /// What its clients may have of it.
+    #[serde(default)]
+    pub limits: IoLimits,
 }
 
 /// A layer under a volume's writable one.
@@ -363,6 +366,8 @@ pub struct Host {
     pub version: String,
     /// Kernel and QEMU.
     pub platform: String,
+    /// Of the file system with its volumes; not there before the host has looked.
+    pub space: Option<Space>,
 }
 
 /// A join token.
@@ -473,6 +478,9 @@ pub struct Export {
     /// A vhdx file of the same size: only what differs from it is written, as a vhdx file that lies on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+    /// The volume's snapshots too, as vhdx files beside it that lie on each other; volumes only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub chain: bool,
 }
 
 /// Make a volume from a file. Local socket only.
@@ -485,6 +493,9 @@ pub struct VolumeImport {
     /// raw, qcow2, vhdx or vmdk; from the extension if not given.
     #[serde(default)]
     pub format: Option<String>,
+    /// One volume without snapshots, whatever the file lies on.
+    #[serde(default)]
+    pub flatten: bool,
 }
 
 /// Stop a VM.

@@ -108,6 +108,51 @@ pub struct HostRecord {
     /// Tenants whose objects this host may read; an empty list means the default domain.
     #[serde(default)]
     pub domains: Vec<Name>,
+    /// Of the file system with its volumes, when it was looked at last.
+    #[serde(default)]
+    pub space: Option<Space>,
+}
+
+/// Space of the file system that a host's volumes grow on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Space {
+    /// All of it, bytes.
+    pub total_bytes: u64,
+    /// What volumes may still take, bytes.
+    pub free_bytes: u64,
+    /// Sizes of this host's volumes together, bytes: what their guests may write one day.
+    pub promised_bytes: u64,
+    /// How short it is.
+    pub pressure: Pressure,
+    /// Seconds until nothing is left, at the rate of late.
+    pub full_in_s: Option<u64>,
+}
+
+/// How short of space a file system is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Pressure {
+    /// Nothing to do.
+    #[default]
+    Ample,
+    /// To be looked after today.
+    Low,
+    /// To be looked after now.
+    Critical,
+    /// Guests that write wait.
+    Full,
+}
+
+impl Pressure {
+    /// Its word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ample => "ample",
+            Self::Low => "low",
+            Self::Critical => "critical",
+            Self::Full => "full",
+        }
+    }
 }
 
 /// A join token that has not been used.
@@ -162,6 +207,20 @@ pub struct VolumeRecord {
     /// The host that still has blocks the holder has not fetched (`--disk on-demand`).
     #[serde(default)]
     pub depends_on: Option<HostId>,
+    /// What its clients may have of it.
+    #[serde(default)]
+    pub limits: IoLimits,
+}
+
+/// What the clients of a volume may have of it together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IoLimits {
+    /// Requests per second that read, write, discard or zero; no limit if none.
+    #[serde(default)]
+    pub iops: Option<u64>,
+    /// Bytes per second that are read or written; no limit if none.
+    #[serde(default)]
+    pub bandwidth_bytes_s: Option<u64>,
 }
 
 /// A layer that nobody writes any more, under a volume's writable one.

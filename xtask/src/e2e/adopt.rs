@@ -22,6 +22,24 @@ const SOON: Duration = Duration::from_secs(30);
 const ODD_BYTES: u64 = (256 << 20) - 8192;
 /// Debian's `games`.
 const OTHER_USER: u32 = 5;
+/// Starts its arguments with a filter under which userfaultfd(2), and the ioctl of /dev/userfaultfd, are not permitted.
+const NO_USERFAULTFD: &str = r#"
+import ctypes, os, struct, sys
+def do(code, yes, no, k): return struct.pack("=HBBI", code, yes, no, k)
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+NR, SECOND_ARGUMENT = 0, 24
+filter = b"".join([
+    do(LOAD, 0, 0, NR), do(EQUAL, 4, 0, 323), do(EQUAL, 0, 2, 16),
+    do(LOAD, 0, 0, SECOND_ARGUMENT), do(EQUAL, 1, 0, 0xAA00),
+    do(RETURN, 0, 0, 0x7FFF0000), do(RETURN, 0, 0, 0x00050001),
+])
+buffer = ctypes.create_string_buffer(filter, len(filter))
+program = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(filter) // 8, ctypes.addressof(buffer)))
+libc = ctypes.CDLL(None, use_errno=True)
+for args in ((38, 1, 0, 0, 0), (22, 2, program, 0, 0)):
+    assert libc.prctl(*args) == 0, os.strerror(ctypes.get_errno())
+os.execv(sys.argv[1], sys.argv[1:])
+"#;
 /// Memory and disk under steady load.
 const LOAD: &str = "wg.mem_mib=64 wg.mem_rate=50 wg.disk=/data/records";
 
@@ -42,23 +60,22 @@ impl Drop for ByHand {
 impl ByHand {
     /// Starts QEMU on a host, with a QMP socket for the agent and one for us; `{dir}` in `args` is its directory.
     fn start(c: &Context<'_>, host: &Host, name: &str, args: &[&str]) -> Result<ByHand> {
-        ByHand::start_as(c, host, name, args, None)
+        ByHand::start_as(c, host, name, args, Through::Nothing)
     }
 
-    /// The same as another user.
-    fn start_as(
-        c: &Context<'_>,
-        host: &Host,
-        name: &str,
-        args: &[&str],
-        user: Option<u32>,
-    ) -> Result<ByHand> {
+    /// The same through another program, or as another user.
+    fn start_as(c: &Context<'_>, host: &Host, name: &str, args: &[&str], through: Through) -> Result<ByHand> {
         let dir = host.dir().join("hand").join(name);
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let place = dir.to_string_lossy().into_owned();
-        let mut command: Command = match user {
-            None => host.command(&c.lab.qemu.system()),
-            Some(user) => {
+        let mut command: Command = match through {
+            Through::Nothing => host.command(&c.lab.qemu.system()),
+            Through::Filter => {
+                let mut command = host.command(Path::new("/usr/bin/python3"));
+                command.args(["-c", NO_USERFAULTFD]).arg(c.lab.qemu.system());
+                command
+            }
+            Through::User(user) => {
                 std::os::unix::fs::chown(&dir, Some(user), Some(user)).context("give a directory away")?;
                 let mut command = host.command(Path::new("setpriv"));
                 command.args([format!("--reuid={user}"), format!("--regid={user}")]);
@@ -118,15 +135,25 @@ struct Guest<'a> {
     memory: &'a [&'a str],
     disk: &'a [&'a str],
     tap: &'a str,
-    /// Who runs it; root if nobody.
-    user: Option<u32>,
+    through: Through,
+}
+
+/// How a QEMU is started.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Through {
+    /// By root.
+    Nothing,
+    /// [`NO_USERFAULTFD`].
+    Filter,
+    /// By another user.
+    User(u32),
 }
 
 /// Boots the workload in a QEMU started by hand on the first host.
 fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>)> {
     let host = c.lab.hosts().first().context("a lab has hosts")?;
     // Not on every machine may everybody open /dev/net/tun.
-    let net = has_taps() && guest.user.is_none();
+    let net = has_taps() && !matches!(guest.through, Through::User(_));
     if net {
         tap(host, guest.tap)?;
     }
@@ -143,7 +170,7 @@ fn boot<'a>(c: &'a Context<'_>, guest: &Guest<'_>) -> Result<(ByHand, Flight<'a>
     }
     args.extend(["-serial", "unix:{dir}/serial.sock,server=on,wait=off"]);
     args.extend(ports.iter().map(String::as_str));
-    let hand = ByHand::start_as(c, host, guest.name, &args, guest.user)?;
+    let hand = ByHand::start_as(c, host, guest.name, &args, guest.through)?;
     let sockets: Vec<PathBuf> = c
         .lab
         .hosts()
@@ -178,7 +205,13 @@ pub fn adopted_in_mode_a(c: &Context<'_>) -> Result<()> {
     let disk =
         format!("file={},format=qcow2,if=virtio,cache=none", disk_copy(c, "hand-a", "qcow2")?.display());
     let memory = ["-m", "256M", "-object", &object, "-machine", "memory-backend=mem"];
-    let guest = Guest { name: "hand-a", memory: &memory, disk: &["-drive", &disk], tap: "hand0", user: None };
+    let guest = Guest {
+        name: "hand-a",
+        memory: &memory,
+        disk: &["-drive", &disk],
+        tap: "hand0",
+        through: Through::Nothing,
+    };
     let (mut hand, mut flight) = boot(c, &guest)?;
     let before = flight.counter("disk_acked")?;
     let task = host.whimbrel(&["vm", "adopt", "hand-a", "--qmp", &hand.qmp_path()])?;
@@ -239,7 +272,8 @@ pub fn adopted_in_mode_b(c: &Context<'_>) -> Result<()> {
     // Neither root nor the user as whom VMs of ours run; a machine may let us be one user only.
     let user = (!lab::one_user_only()).then_some(OTHER_USER);
     std::os::unix::fs::chown(&file, user, user).context("give the disk away")?;
-    let guest = Guest { name: "hand-b", memory: &["-m", &memory], disk: &disk, tap: "hand1", user };
+    let through = user.map_or(Through::Nothing, Through::User);
+    let guest = Guest { name: "hand-b", memory: &["-m", &memory], disk: &disk, tap: "hand1", through };
     let (mut hand, mut flight) = boot(c, &guest)?;
     host.whimbrel(&["vm", "adopt", "hand-b", "--qmp", &hand.qmp_path()])?;
     hand.must_run()?;
@@ -274,7 +308,8 @@ pub fn adopted_with_a_volume(c: &Context<'_>) -> Result<()> {
     let (size, chardev) = (format!("size={ODD_BYTES}b"), format!("socket,id=v0,path={socket},reconnect=1"));
     let memory = ["-m", &size, "-object", &object, "-machine", "memory-backend=mem"];
     let disk = ["-chardev", &chardev, "-device", "vhost-user-blk-pci,chardev=v0,num-queues=2,id=root"];
-    let guest = Guest { name: "hand-v", memory: &memory, disk: &disk, tap: "hand2", user: None };
+    let guest =
+        Guest { name: "hand-v", memory: &memory, disk: &disk, tap: "hand2", through: Through::Nothing };
     let (mut hand, mut flight) = boot(c, &guest)?;
     host.whimbrel(&["vm", "adopt", "hand-v", "--qmp", &hand.qmp_path()])?;
     hand.must_run()?;
@@ -291,6 +326,49 @@ pub fn adopted_with_a_volume(c: &Context<'_>) -> Result<()> {
         acked = now;
         println!("       moved to host {}: silence {:.0} ms", to + 1, moved.beat.longest_gap_ms);
     }
+    fs::remove_file(&ram).context("remove the RAM file")?;
+    flight.stop()
+}
+
+/// Mode A is chosen where nobody may know that QEMU's filter forbids it, and mode B taken once it turns out.
+pub fn falls_back_to_mode_b(c: &Context<'_>) -> Result<()> {
+    let host = c.lab.hosts().first().context("a lab has hosts")?;
+    let second = c.lab.hosts().get(1).context("a lab has hosts")?;
+    let ram = host.dir().join("memory/owners-f.ram");
+    let object = format!("memory-backend-file,id=mem,size={ODD_BYTES},mem-path={},share=on", ram.display());
+    let size = format!("size={ODD_BYTES}b");
+    let memory = ["-m", &size, "-object", &object, "-machine", "memory-backend=mem"];
+    let disk = format!("file={},format=raw,if=virtio", disk_copy(c, "hand-f", "raw")?.display());
+    let disk = ["-drive", &disk];
+    let guest =
+        Guest { name: "hand-f", memory: &memory, disk: &disk, tap: "hand3", through: Through::Filter };
+    let (mut hand, mut flight) = boot(c, &guest)?;
+    host.kill_agent()?;
+    host.start_agent_without_capability(c.program, "sys_admin")?;
+    host.whimbrel(&["vm", "adopt", "hand-f", "--qmp", &hand.qmp_path()])?;
+    hand.must_run()?;
+    let shown = host.whimbrel(&["vm", "show", "hand-f"])?;
+    if shown["mode"] != "A" {
+        let reasons = shown["mode_reasons"].to_string();
+        let opens = fs::File::open("/dev/userfaultfd").is_ok();
+        ensure!(!opens, "mode A is not chosen though the filter cannot be asked about: {reasons}");
+        println!("       mode A is not possible on this machine, so not fallen back from: {reasons}");
+    }
+    let acked = flight.counter("disk_acked")?;
+    let asked = output(&mut host.cli(&["vm", "migrate", "hand-f", "--to", second.name(), "--mode", "a"]))?;
+    ensure!(!asked.status.success(), "moved in mode A without a userfaultfd");
+    hand.must_run().context("after a move in mode A that could not begin")?;
+    let moved = flight.migrate(1, &[]).context("move it in whatever mode")?;
+    let notes = moved.task["notes"].to_string();
+    let told = notes.contains("moved in mode B, because mode A could not begin");
+    ensure!(told || shown["mode"] != "A", "nobody was told of the fallback: {notes}");
+    ensure!(moved.beat.resets == 0, "the guest started anew");
+    flight.must_be_whole().context("at the second host")?;
+    let now = flight.counter("disk_acked")?;
+    ensure!(now >= acked, "acknowledged records went back from {acked} to {now}");
+    println!("       fell back to mode B: silence {:.0} ms", moved.beat.longest_gap_ms);
+    host.kill_agent()?;
+    host.start_agent(c.program)?;
     fs::remove_file(&ram).context("remove the RAM file")?;
     flight.stop()
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   100 GiB with little in it ─import─▶ volume ─export─▶ raw, qcow2, VHDX ─import─▶ volumes of the same content
 //!   written on over NBD ─export --parent─▶ a VHDX over the VHDX ─import, publish─▶ the same again
+//!   the same chain imported as snapshots, and out again as a chain
 //!   the parent written by somebody else ─▶ refused         cancelled half-way ─▶ nothing is left
 //! ```
 
@@ -68,6 +69,7 @@ pub fn in_and_out(c: &Context<'_>) -> Result<()> {
     let takes = child.metadata().context("look at the child")?.blocks() * 512;
     ensure!(takes < 1 << 20, "what changed takes {takes} bytes");
     w.same_again(&child, &second).context("through a chain of two VHDX files")?;
+    chain_stays_a_chain(&w, &child, &first, &second).context("a chain of files as a chain of snapshots")?;
     let name = ["--name", "fmt:child"];
     w.host.whimbrel(&[&["image", "publish", &child.to_string_lossy()], name.as_slice()].concat())?;
     w.host.whimbrel(&["image", "remove", "fmt:child"])?;
@@ -81,6 +83,34 @@ pub fn in_and_out(c: &Context<'_>) -> Result<()> {
 
     cancelled(&w).context("an import cancelled half-way")?;
     fs::remove_dir_all(&dir).context("remove the scenario's directory")
+}
+
+/// `child` lies on `out.vhdx`: in as a snapshot and what was written since, and out again as two files.
+fn chain_stays_a_chain(w: &World<'_>, child: &Path, first: &Path, second: &Path) -> Result<()> {
+    w.import("fmt-chain", child)?;
+    let shown = w.host.whimbrel(&["volume", "show", "fmt-chain"])?;
+    let snapshots: Vec<&str> = shown["chain"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|layer| layer["snapshot"].as_str())
+        .collect();
+    ensure!(snapshots == ["out"], "the snapshots are {snapshots:?}: {shown}");
+    w.host.whimbrel(&["volume", "create", "fmt-below", "--from", "fmt-chain@out"])?;
+    for (volume, expected) in [("fmt-below", first), ("fmt-chain", second)] {
+        let back = w.dir.join("back.raw");
+        w.export(volume, &back, &[])?;
+        run(cmd(&w.qemu_img, &["compare", "-q", "-f", "raw", "-F", "raw"]).arg(expected).arg(&back))?;
+        fs::remove_file(&back).context("remove a file")?;
+    }
+    w.host.whimbrel(&["volume", "remove", "fmt-below"])?;
+    let again = w.dir.join("again.vhdx");
+    w.export("fmt-chain", &again, &["--chain"])?;
+    let takes = again.metadata().context("look at the uppermost file")?.blocks() * 512;
+    ensure!(takes < 1 << 20, "what was written since the snapshot takes {takes} bytes");
+    w.host.whimbrel(&["volume", "remove", "fmt-chain"])?;
+    w.same_again(&again, second).context("the uppermost file of an exported chain")?;
+    w.same_again(&w.dir.join("again-out.vhdx"), first).context("the lowest file of an exported chain")
 }
 
 struct World<'a> {

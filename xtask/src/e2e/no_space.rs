@@ -38,6 +38,10 @@ pub fn a_guest_waits_for_space(c: &Context<'_>) -> Result<()> {
     host.publish(&lab.image.disk, IMAGE)?;
     let mut flight = Flight::start(&lab, 0, VM, IMAGE, MEMORY_MIB, 2, WORKLOAD)?;
 
+    // It is told before it happens, with when.
+    let warned = wait_for_pressure(host, &["low", "critical"])?;
+    ensure!(warned["free_bytes"].as_u64() > Some(0), "told too late: {warned}");
+    ensure!(warned["promised_bytes"].as_u64() > warned["total_bytes"].as_u64(), "not thin: {warned}");
     let shown = wait_for(host, "the disk to be full", FULL_LIMIT, |vm| {
         vm["waiting_for"].as_str().is_some_and(|what| what.contains("space") && what.contains(VM))
     })?;
@@ -67,6 +71,19 @@ pub fn a_guest_waits_for_space(c: &Context<'_>) -> Result<()> {
     flight.migrate(1, &[])?;
     flight.must_be_whole()?;
     flight.stop()
+}
+
+/// Waits until the host says this of its volumes' space; what it says.
+fn wait_for_pressure(host: &Host, levels: &[&str]) -> Result<Value> {
+    let end = Instant::now() + FULL_LIMIT;
+    loop {
+        let space = host.whimbrel(&["host", "show", host.name()])?["space"].clone();
+        if space["pressure"].as_str().is_some_and(|level| levels.contains(&level)) {
+            return Ok(space);
+        }
+        ensure!(Instant::now() < end, "space was never called {}: {space}", levels.join(" or "));
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 /// Asks for the VM until `is` it.

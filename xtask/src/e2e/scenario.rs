@@ -16,11 +16,17 @@ use crate::qmp::Qmp;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
-pub const ANY_VERSION: [&str; 5] =
-    ["eight hosts boot", "an agent's memory", "formats of others", "no space", "snapshots are made"];
+pub const ANY_VERSION: [&str; 6] = [
+    "eight hosts boot",
+    "an agent's memory",
+    "formats of others",
+    "no space",
+    "snapshots are made",
+    "turns out to be forbidden",
+];
 
 /// In the order they run.
-pub const ALL: [Scenario; 23] = [
+pub const ALL: [Scenario; 24] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -33,6 +39,7 @@ pub const ALL: [Scenario; 23] = [
     ("adopt: a QEMU started by hand moves in mode A", adopt::adopted_in_mode_a),
     ("adopt: a QEMU with private memory moves in mode B, then in mode A", adopt::adopted_in_mode_b),
     ("adopt: a volume of ours stays on its device", adopt::adopted_with_a_volume),
+    ("adopt: mode B is taken where mode A turns out to be forbidden", adopt::falls_back_to_mode_b),
     ("adopt: what cannot be taken over is refused, by name", adopt::refusals),
     ("adopt: cut short, it is undone", adopt::cut_short),
     ("everything is killed at every step in mode A", kill::in_mode_a),

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use whimbrel_wire::HostId;
-use whimbrel_wire::meta::{HostRecord, key};
+use whimbrel_wire::meta::{HostRecord, Space, key};
 
 use super::CHANGE;
 use crate::clock;
@@ -92,6 +92,8 @@ pub struct Facts {
     pub version: String,
     /// Kernel release and QEMU version.
     pub platform: String,
+    /// Of the file system with its volumes.
+    pub space: Option<Space>,
 }
 
 /// Writes what a host tells about itself into its record, with the time. To be repeated every half minute or so.
@@ -107,6 +109,7 @@ pub async fn announce(store: &dyn MetaStore, host: &HostId, facts: &Facts) -> Re
         record.addresses.clone_from(&facts.addresses);
         record.version.clone_from(&facts.version);
         record.platform.clone_from(&facts.platform);
+        record.space = facts.space;
         record.seen_s = clock::wall_s();
         Ok(Some(record))
     };

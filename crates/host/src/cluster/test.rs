@@ -280,6 +280,7 @@ async fn a_host_tells_about_itself() {
         addresses: vec!["127.0.0.1:7".into()],
         version: "9.9".into(),
         platform: "Linux 6.18, QEMU 10.0.2".into(),
+        space: None,
     };
     announce(&*cluster.store, &name("a"), &facts).await.unwrap();
     eventually("the record is seen", async || {

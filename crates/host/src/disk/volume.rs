@@ -89,6 +89,11 @@ impl VolumeDir {
         Ok(Self { root, sealed: Arc::default(), opening: Arc::default() })
     }
 
+    /// Where the layers are.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub(super) fn sealed_layers(&self) -> &Mutex<HashMap<DiskId, Weak<Layer>>> {
         &self.sealed
     }

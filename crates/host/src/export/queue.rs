@@ -54,6 +54,10 @@ const SIGNAL_EVERY: u32 = 16;
 const ROUND_REQUESTS: u32 = 128;
 /// Bytes of requests handed on, over which no more are taken.
 const HANDED_ON_BYTES: u64 = 64 << 20;
+/// Between two looks whether what an earlier queue left has ended.
+const ORPHANS_POLL: Duration = Duration::from_millis(20);
+/// Between two looks at a ring whose guest does not kick.
+const KICKS_POLL: Duration = Duration::from_millis(1);
 /// How long a queue's thread, told to leave its requests unanswered, may take to end: only a disk that hangs keeps it.
 const HANG_LIMIT: Duration = Duration::from_secs(20);
 
@@ -328,7 +332,7 @@ impl Queue {
                     self.waker.prepare();
                     if !self.state.lock().must_look(&self) {
                         let asleep = Instant::now();
-                        sleep.wait(self.device.orphans.load(Ordering::Acquire) > 0);
+                        sleep.wait(self.device.look_again());
                         spin.slept(asleep.elapsed());
                     }
                     self.waker.awake();
@@ -429,6 +433,7 @@ impl State {
         !self.broken
             && self.outstanding_bytes < HANDED_ON_BYTES
             && queue.device.orphans.load(Ordering::Acquire) == 0
+            && queue.device.slot.pacer().wait().is_none()
     }
 
     /// Whether there is something to do, after asking to be woken for whatever comes later.
@@ -482,6 +487,11 @@ impl State {
         let status = split_status(&mut self.chain).ok_or(BadRing("a request without room for its status"))?;
         queue.device.stats.requests.fetch_add(1, Ordering::Relaxed);
         self.taken += 1;
+        let bytes = data_bytes(&self.chain);
+        // A flush moves nothing, and holds others up: it is free.
+        if bytes > 0 {
+            queue.device.slot.pacer().charge(bytes);
+        }
         match self.begin(&queue.device, device) {
             Begun::Answer { status: code, written } => {
                 if written > 0 && self.dirty.wanted() {
@@ -665,12 +675,24 @@ impl State {
 }
 
 impl Device {
+    /// When a sleeping queue must look by itself, because nobody will tell it.
+    fn look_again(&self) -> Option<Duration> {
+        let orphans = (self.orphans.load(Ordering::Acquire) > 0).then_some(ORPHANS_POLL);
+        orphans.into_iter().chain(self.slot.pacer().wait()).min()
+    }
+
     /// Logs a failed request; the status to answer with.
     fn complain(&self, error: &Error) -> u8 {
         self.stats.errors.fetch_add(1, Ordering::Relaxed);
         self.complaints.log(&format_args!("a guest's request failed: {error}"));
         blk::S_IOERR
     }
+}
+
+/// Bytes that a request moves, its header apart.
+fn data_bytes(chain: &Chain) -> u64 {
+    let all: u64 = chain.readable.iter().chain(&chain.writable).map(|seg| seg.len as u64).sum();
+    all.saturating_sub(blk::HEADER_BYTES as u64)
 }
 
 /// Takes the last writable byte off the chain: the status goes there.
@@ -750,11 +772,11 @@ impl Sleep {
         Ok(Self { epoll, polled: kick.is_none(), _kick: kick })
     }
 
-    /// Waits for an event; not longer than some milliseconds if nobody will tell.
-    fn wait(&self, soon: bool) {
-        let limit = (soon || self.polled).then_some(rustix::event::Timespec {
+    /// Waits for an event, not longer than `limit`; some milliseconds if nobody tells of kicks.
+    fn wait(&self, limit: Option<Duration>) {
+        let limit = limit.or(self.polled.then_some(KICKS_POLL)).map(|limit| rustix::event::Timespec {
             tv_sec: 0,
-            tv_nsec: if soon { 20_000_000 } else { 1_000_000 },
+            tv_nsec: limit.min(ORPHANS_POLL.max(KICKS_POLL)).subsec_nanos().into(),
         });
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 2];

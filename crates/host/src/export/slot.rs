@@ -20,8 +20,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, MappedRwLockReadGuard, Mutex, RwLock, RwLockReadGuard};
+use whimbrel_wire::meta::IoLimits;
 
 use super::event::Waker;
+use super::pacer::Pacer;
 use crate::block_dev::BlockDev;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -47,6 +49,7 @@ enum State {
 
 struct Shared {
     size_bytes: u64,
+    pacer: Pacer,
     state: RwLock<State>,
     // Told about `activate`: threads that sleep on their own eventfd, and those that wait on the condition.
     sleepers: Mutex<Vec<Weak<Waker>>>,
@@ -73,6 +76,7 @@ impl DeviceSlot {
     fn with(size_bytes: u64, state: State) -> Self {
         let shared = Shared {
             size_bytes,
+            pacer: Pacer::default(),
             state: RwLock::new(state),
             sleepers: Mutex::new(Vec::new()),
             activated: Condvar::new(),
@@ -83,6 +87,16 @@ impl DeviceSlot {
     /// Size of the disk, bytes.
     pub fn size_bytes(&self) -> u64 {
         self.shared.size_bytes
+    }
+
+    /// Limits what clients have of the disk, from now on.
+    pub fn limit(&self, limits: IoLimits) {
+        self.shared.pacer.set(limits);
+    }
+
+    /// Whom clients ask before they begin a request.
+    pub(super) fn pacer(&self) -> &Pacer {
+        &self.shared.pacer
     }
 
     /// What happens to requests now.

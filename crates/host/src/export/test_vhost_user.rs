@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
+use whimbrel_wire::meta::IoLimits;
 use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::test_device::RamDevice;
@@ -289,6 +290,35 @@ fn a_ring_that_does_not_drain_in_time_keeps_its_requests_for_later() {
     assert_eq!(bench.server.outstanding().unwrap_err().kind(), ErrorKind::Unavailable, "its ring runs");
     assert_eq!(guest.status(0), 0);
     assert_eq!(read_disk(&bench.device, 0, 4096), vec![0x11; 4096]);
+}
+
+#[test]
+fn a_limited_disk_is_as_fast_as_its_limit_and_a_flush_is_free() {
+    let bench = serve(RamDevice::new(1 << 20));
+    let mut guest = Guest::new();
+    guest.connect(&bench.path);
+    let took = |guest: &mut Guest, count: u64| {
+        let started = Instant::now();
+        for _ in 0..count {
+            assert_eq!(guest.request(0, READ, 8, 4096, true), 0);
+        }
+        started.elapsed()
+    };
+    let slot = bench.server.slot();
+    assert!(took(&mut guest, 200) < Duration::from_millis(500));
+    slot.limit(IoLimits { iops: Some(200), bandwidth_bytes_s: None });
+    let limited = took(&mut guest, 100);
+    assert!(limited > Duration::from_millis(400) && limited < Duration::from_millis(1500), "{limited:?}");
+    let started = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(guest.request(0, FLUSH, 0, 0, false), 0);
+    }
+    assert!(started.elapsed() < Duration::from_millis(60), "flushes took {:?}", started.elapsed());
+    slot.limit(IoLimits { iops: None, bandwidth_bytes_s: Some(1 << 20) });
+    let limited = took(&mut guest, 128);
+    assert!(limited > Duration::from_millis(400) && limited < Duration::from_millis(1500), "{limited:?}");
+    slot.limit(IoLimits::default());
+    assert!(took(&mut guest, 200) < Duration::from_millis(500));
 }
 
 /// A disk whose first 8 KiB wait, with `byte` all over it.

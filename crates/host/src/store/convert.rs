@@ -34,9 +34,9 @@ use std::sync::Arc;
 
 use crate::block_dev::BlockRead;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::vhdx::VhdxDisk;
+use crate::vhdx::{VhdxDisk, VhdxFile};
 
-pub use copy::each_data;
+pub use copy::{Difference, each_data, each_difference};
 use source::Source;
 
 /// A file format.
@@ -174,6 +174,25 @@ impl Converter {
         }
     }
 
+    /// The same, with each of the files that a VHDX file lies on: the lowest first, the disk itself last.
+    pub fn open_levels(
+        &self,
+        file: &Path,
+        format: Option<Format>,
+        progress: Progress<'_>,
+    ) -> Result<Vec<Level>> {
+        let is_vhdx = match format {
+            Some(format) => format == Format::Vhdx,
+            None => Format::of_extension(file)? == Format::Vhdx,
+        };
+        if !is_vhdx {
+            return Ok(vec![Level::new(file, self.open(file, format, progress)?)]);
+        }
+        let name = |disk: &VhdxDisk| disk.top().map(|file| PathBuf::from(file.name()));
+        let levels = self.open_vhdx(file)?.levels();
+        Ok(levels.map(|disk| Level::new(&name(&disk).unwrap_or_default(), Arc::new(disk))).collect())
+    }
+
     /// Opens a VHDX file with everything it lies on.
     fn open_vhdx(&self, file: &Path) -> Result<VhdxDisk> {
         let path = file.canonicalize().with_context(|| format!("read {}", file.display()))?;
@@ -191,27 +210,60 @@ impl Converter {
         what: &ExportAs,
         progress: Progress<'_>,
     ) -> Result<()> {
-        let parent = match (&what.parent, what.format) {
+        let (whole, alone);
+        let parent: Option<(&VhdxFile, &dyn BlockRead)> = match (&what.parent, what.format) {
             (None, _) => None,
-            (Some(parent), Format::Vhdx) => Some(self.open_vhdx(parent)?),
+            (Some(ParentFile { file, disk: None }), Format::Vhdx) => {
+                whole = self.open_vhdx(file)?;
+                whole.top().map(|top| (top, &whole as &dyn BlockRead))
+            }
+            (Some(ParentFile { file, disk: Some(disk) }), Format::Vhdx) => {
+                let path = file.canonicalize().with_context(|| format!("read {}", file.display()))?;
+                alone = inspect::open_alone(&path)?;
+                Some((&alone, &**disk))
+            }
             (Some(_), other) => {
                 let why = format!("export to {}: a {other} file is not written over a parent", to.display());
                 return Err(Error::new(ErrorKind::InvalidInput, why).hint("--format vhdx"));
             }
         };
-        export::export(&self.config, disk, to, what, parent.as_ref(), progress)
+        export::export(&self.config, disk, to, what, parent, progress)
     }
 }
 
 /// What to write.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ExportAs {
     /// The format.
     pub format: Format,
     /// The disk's identity, where the format has one; random if there is none.
     pub disk_id: Option<uuid::Uuid>,
     /// A VHDX file of the same size: only what differs from it is written, and the new file lies on it.
-    pub parent: Option<PathBuf>,
+    pub parent: Option<ParentFile>,
+}
+
+/// What a VHDX file is written over.
+#[derive(Clone)]
+pub struct ParentFile {
+    /// The file.
+    pub file: PathBuf,
+    /// What it holds, where that is known: what it lies on is not looked for then.
+    pub disk: Option<Arc<dyn BlockRead>>,
+}
+
+/// A disk as one of the files of a chain has it.
+pub struct Level {
+    /// The file's name, without its extension.
+    pub name: String,
+    /// Its content.
+    pub disk: Arc<dyn BlockRead>,
+}
+
+impl Level {
+    fn new(file: &Path, disk: Arc<dyn BlockRead>) -> Self {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Self { name, disk }
+    }
 }
 
 impl ExportAs {

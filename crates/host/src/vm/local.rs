@@ -651,6 +651,7 @@ pub(super) async fn serve(
     } else {
         DeviceSlot::standby(record.size_bytes)
     };
+    slot.limit(record.limits);
     let owner = user.map(|(uid, gid)| SocketOwner { uid, gid, mode: 0o600 });
     let foreign = spec.foreign.as_ref().and_then(|foreign| foreign.disks.get(index));
     let server = match foreign.map(|disk| disk.bus) {

@@ -71,6 +71,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/volumes/{name}/check", post(volumes::check))
         .route("/volumes/{name}/snapshots", post(volumes::snapshot))
         .route("/volumes/{name}/snapshots/{snapshot}", delete(volumes::snapshot_remove))
+        .route("/volumes/{name}/limit", post(volumes::limit))
         .route("/volumes/{name}/relink", post(volumes::relink))
         .route("/volumes/{name}/export", post(volumes::export))
         .route("/volumes/{name}/attach", post(volumes::attach))

@@ -28,10 +28,10 @@ use whimbrel_host::store::convert::{ConvertConfig, Converter};
 use whimbrel_host::store::{Store, StoreConfig};
 use whimbrel_host::task::Tasks;
 use whimbrel_host::vm::{VmConfig, Vms};
-use whimbrel_host::volume::Volumes;
+use whimbrel_host::volume::{SpaceWatch, Volumes};
 use whimbrel_host::{Context as _, Error, ErrorKind, Result};
 use whimbrel_wire::api::{ClusterInit, HostJoin};
-use whimbrel_wire::meta::{ImageParent, ImageRecord};
+use whimbrel_wire::meta::{ImageParent, ImageRecord, Space};
 use whimbrel_wire::peer::cluster::MetaLocation;
 use whimbrel_wire::{HostId, Name, Role};
 
@@ -40,6 +40,8 @@ use crate::config::Config;
 
 /// A host says that it lives about this often.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(10);
+/// Between two looks at the space for volumes.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// So long the API waits for VMs that ran before.
 const PICK_UP_WAIT: Duration = Duration::from_secs(5);
 /// A host that has not said so for this long is shown as silent, seconds.
@@ -192,8 +194,9 @@ impl Node {
             addresses: addresses(config)?,
             version: env!("CARGO_PKG_VERSION").into(),
             platform: platform(&vms).await,
+            space: None,
         };
-        let announce = tokio::spawn(announce(Arc::clone(&meta), host.clone(), facts));
+        let announce = tokio::spawn(announce(Arc::clone(&meta), host.clone(), facts, volumes.clone()));
         let mut convert = ConvertConfig::new(&config.data_dir);
         convert.backing_dir =
             (!config.backing_dir.as_os_str().is_empty()).then(|| config.backing_dir.clone());
@@ -273,12 +276,36 @@ fn router(
     opened.routes(migrations.register(volumes.register(service.routes(store.register(router)))))
 }
 
-async fn announce(meta: Arc<dyn MetaStore>, host: HostId, facts: Facts) {
+/// Says that this host lives, and how much space its volumes have; at once if that becomes short.
+async fn announce(meta: Arc<dyn MetaStore>, host: HostId, mut facts: Facts, volumes: Volumes) {
+    let (watch, mut promised_bytes) = (SpaceWatch::default(), 0);
     loop {
+        match volumes.promised_bytes().await {
+            Ok(bytes) => promised_bytes = bytes,
+            Err(error) => tracing::debug!(%error, "cannot read what this host's volumes promise"),
+        }
+        facts.space = look(&watch, &volumes, promised_bytes);
         if let Err(error) = cluster::announce(&*meta, &host, &facts).await {
             tracing::warn!(%error, "cannot tell the cluster that this host lives");
         }
-        tokio::time::sleep(ANNOUNCE_EVERY).await;
+        let said = facts.space.map(|space| space.pressure);
+        let again = tokio::time::Instant::now() + ANNOUNCE_EVERY;
+        while tokio::time::Instant::now() < again {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if look(&watch, &volumes, promised_bytes).map(|space| space.pressure) != said {
+                break;
+            }
+        }
+    }
+}
+
+fn look(watch: &SpaceWatch, volumes: &Volumes, promised_bytes: u64) -> Option<Space> {
+    match watch.look(volumes, promised_bytes) {
+        Ok(space) => Some(space),
+        Err(error) => {
+            tracing::warn!(%error, "cannot tell how much space volumes have");
+            None
+        }
     }
 }
 

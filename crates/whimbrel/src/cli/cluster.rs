@@ -3,6 +3,7 @@
 use clap::Subcommand;
 use whimbrel_wire::HostId;
 use whimbrel_wire::api::{ClusterInit, Host, HostDrain, HostJoin, Link, Token, TokenMake};
+use whimbrel_wire::meta::{Pressure, Space};
 use whimbrel_wire::size::show_bytes;
 
 use super::Context;
@@ -110,11 +111,12 @@ pub async fn run_host(context: &Context, command: HostCommand) -> anyhow::Result
                             host.role.to_string(),
                             host.state.clone(),
                             host.addresses.join(" "),
+                            host.space.map_or_else(|| "-".into(), free),
                             host.platform.clone(),
                         ]
                     })
                     .collect();
-                table(&["NAME", "ROLE", "STATE", "ADDRESSES", "PLATFORM"], &rows)
+                table(&["NAME", "ROLE", "STATE", "ADDRESSES", "FREE", "PLATFORM"], &rows)
             })
         }
         HostCommand::Show { name } => {
@@ -180,5 +182,30 @@ fn describe(host: &Host) -> String {
         ("addresses", host.addresses.join(" ")),
         ("version", host.version.clone()),
         ("platform", host.platform.clone()),
+        ("space", host.space.map_or_else(|| "-".into(), space)),
     ])
+}
+
+/// What is free for volumes, in few words.
+fn free(space: Space) -> String {
+    match space.pressure {
+        Pressure::Ample => show_bytes(space.free_bytes),
+        short => format!("{} ({})", show_bytes(space.free_bytes), short.as_str()),
+    }
+}
+
+fn space(space: Space) -> String {
+    let soon = match space.full_in_s {
+        Some(left_s) if space.pressure != Pressure::Ample => {
+            format!("; full in {} min at this rate", left_s / 60)
+        }
+        _ => String::new(),
+    };
+    format!(
+        "{} free of {}, {} promised to volumes: {}{soon}",
+        show_bytes(space.free_bytes),
+        show_bytes(space.total_bytes),
+        show_bytes(space.promised_bytes),
+        space.pressure.as_str()
+    )
 }

@@ -123,7 +123,7 @@ pub async fn run(context: &Context, command: ImageCommand) -> anyhow::Result<()>
             wait_for(context, &started, no_wait).await
         }
         ImageCommand::Export { name, file, format, no_wait } => {
-            let body = Export { file: absolute(&file)?, format, parent: None };
+            let body = Export { file: absolute(&file)?, format, parent: None, chain: false };
             let started: TaskStarted =
                 context.client.post(&format!("/v1/images/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await

@@ -7,7 +7,8 @@ use whimbrel_wire::api::{
     Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeLayer,
     VolumeRelink, VolumeSnapshot,
 };
-use whimbrel_wire::size::{parse_bytes, show_bytes};
+use whimbrel_wire::meta::IoLimits;
+use whimbrel_wire::size::{parse_bytes, parse_rate_bytes_s, show_bytes};
 use whimbrel_wire::{ImageRef, Name, SnapshotRef};
 
 use super::Context;
@@ -56,6 +57,18 @@ pub enum VolumeCommand {
         #[arg(long)]
         no_quiesce: bool,
     },
+    /// Limit what the clients of a volume have of it together, from now on and wherever it goes; what is not named is not
+    /// limited any more.
+    Limit {
+        /// Its name.
+        name: Name,
+        /// Requests per second.
+        #[arg(long, value_name = "N")]
+        iops: Option<u64>,
+        /// Bits per second, such as 800Mbit.
+        #[arg(long, value_name = "RATE", value_parser = parse_rate_bytes_s)]
+        bandwidth: Option<u64>,
+    },
     /// Show which layers under a volume are no longer what it was made over, and accept them.
     Relink {
         /// Its name.
@@ -64,7 +77,7 @@ pub enum VolumeCommand {
         #[arg(long)]
         accept_changed_parent: bool,
     },
-    /// Make a volume from a disk image file.
+    /// Make a volume from a disk image file; vhdx files that it lies on become snapshots.
     Import {
         /// Its name.
         name: Name,
@@ -73,6 +86,9 @@ pub enum VolumeCommand {
         /// raw, qcow2, vhdx or vmdk; from the extension if not given.
         #[arg(long, value_name = "F")]
         format: Option<String>,
+        /// No snapshots: the disk as the file has it.
+        #[arg(long)]
+        flatten: bool,
         /// Print the task and return at once.
         #[arg(long)]
         no_wait: bool,
@@ -89,6 +105,9 @@ pub enum VolumeCommand {
         /// A vhdx file of the same size: write only what differs from it, as a vhdx file that lies on it.
         #[arg(long, value_name = "FILE")]
         parent: Option<PathBuf>,
+        /// Write each snapshot too, as vhdx files beside it that lie on each other: FILE-SNAPSHOT.vhdx.
+        #[arg(long, conflicts_with = "parent")]
+        chain: bool,
         /// Print the task and return at once.
         #[arg(long)]
         no_wait: bool,
@@ -176,19 +195,24 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
                 format!("{}@{name} made ({how})", volume.name)
             })
         }
+        VolumeCommand::Limit { name, iops, bandwidth } => {
+            let body = IoLimits { iops, bandwidth_bytes_s: bandwidth };
+            let volume: Volume = client.post(&format!("/v1/volumes/{name}/limit"), &body).await?;
+            context.print(&volume, describe)
+        }
         VolumeCommand::Relink { name, accept_changed_parent } => {
             let body = VolumeRelink { accept_changed_parent };
             let volume: Volume = client.post(&format!("/v1/volumes/{name}/relink"), &body).await?;
             context.print(&volume, |volume| format!("{}: every link holds", volume.name))
         }
-        VolumeCommand::Import { name, file, format, no_wait } => {
-            let body = VolumeImport { name, file: absolute(&file)?, format };
+        VolumeCommand::Import { name, file, format, flatten, no_wait } => {
+            let body = VolumeImport { name, file: absolute(&file)?, format, flatten };
             let started: TaskStarted = client.post("/v1/volumes/import", &body).await?;
             wait_for(context, &started, no_wait).await
         }
-        VolumeCommand::Export { name, file, format, parent, no_wait } => {
+        VolumeCommand::Export { name, file, format, parent, chain, no_wait } => {
             let parent = parent.as_deref().map(absolute).transpose()?;
-            let body = Export { file: absolute(&file)?, format, parent };
+            let body = Export { file: absolute(&file)?, format, parent, chain };
             let started: TaskStarted = client.post(&format!("/v1/volumes/{name}/export"), &body).await?;
             wait_for(context, &started, no_wait).await
         }
@@ -240,6 +264,7 @@ fn describe(volume: &Volume) -> String {
         ("depends on", volume.depends_on.as_ref().map_or_else(|| "-".into(), ToString::to_string)),
         ("layer on disk", volume.layer_bytes.map_or_else(|| "-".into(), show_bytes)),
         ("exports", volume.exports.join(" ")),
+        ("limits", show_limits(&volume.limits)),
     ]);
     if !volume.chain.is_empty() {
         let rows: Vec<Vec<String>> = volume.chain.iter().map(|layer| layer_row(volume, layer)).collect();
@@ -247,6 +272,13 @@ fn describe(volume: &Volume) -> String {
         text += &table(&["LIES ON", "MADE", "ON DISK", "LAYER", ""], &rows);
     }
     text
+}
+
+fn show_limits(limits: &IoLimits) -> String {
+    let iops = limits.iops.map(|rate| format!("{rate} requests/s"));
+    let bytes = limits.bandwidth_bytes_s.map(|rate| format!("{}/s", show_bytes(rate)));
+    let all: Vec<String> = iops.into_iter().chain(bytes).collect();
+    if all.is_empty() { "-".into() } else { all.join(", ") }
 }
 
 fn layer_row(volume: &Volume, layer: &VolumeLayer) -> Vec<String> {

@@ -104,6 +104,7 @@ impl World {
             right: Right { object: Object::Layer(id), holder: host("a"), epoch: Epoch(9) },
             attached_to: Some(offer.vm.clone()),
             depends_on: None,
+            limits: Default::default(),
         };
         let right =
             Right { object: Object::Memory(VmId(uuid::Uuid::nil())), holder: host("a"), epoch: Epoch(4) };
@@ -741,6 +742,7 @@ fn a_vm_that_crashed_lets_go_of_its_volumes() {
         right: Right { object: Object::Layer(disk), holder: host("b"), epoch: Epoch(5) },
         attached_to: Some(world.vm.name.clone()),
         depends_on: None,
+        limits: Default::default(),
     };
     let seen = Seen { vm: Some((world.vm.clone(), 3)), volumes: vec![(volume, 2)] };
     let crashed = seen.settle(VmState::Crashed).unwrap();

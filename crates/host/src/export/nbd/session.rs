@@ -52,6 +52,8 @@ const WAITING_BYTES_MAX: usize = 32 << 20;
 const COPIED_BYTES: usize = 64 << 10;
 /// Ranges up to this are trimmed or zeroed at once: the cost is looking at the map.
 const ZERO_NOW_BYTES: u64 = 1 << 30;
+/// While the volume's limits hold a request up, answers of others go out so often.
+const PACE_LOOK: std::time::Duration = std::time::Duration::from_millis(5);
 /// Threads that flush.
 const FLUSHERS: usize = 2;
 /// Flushes that are handed on after one was found to keep other requests waiting.
@@ -249,6 +251,7 @@ impl Session {
     }
 
     fn perform(&mut self, request: &Request, payload: usize, in_input: bool) -> Result<()> {
+        self.pace(request)?;
         let export = self.export.clone();
         let data = if in_input {
             self.input.available().get(..payload).unwrap_or_default()
@@ -312,6 +315,27 @@ impl Session {
                 self.hand_on(request, job::STATUS_BYTES, Job::Status { length, one })
             }
         }
+    }
+
+    /// Waits until the volume's limits let another request in.
+    fn pace(&mut self, request: &Request) -> Result<()> {
+        let moves = matches!(request.command, Command::Read | Command::Write);
+        if !moves && !matches!(request.command, Command::Trim | Command::WriteZeroes) {
+            return Ok(());
+        }
+        let export = self.export.clone();
+        let pacer = export.slot.pacer();
+        while let Some(wait) = pacer.wait() {
+            // What was answered goes out first: the client may be waiting for it.
+            self.collect()?;
+            self.send()?;
+            if export.is_stopping() {
+                return Err(gone("the service ends"));
+            }
+            std::thread::sleep(wait.min(PACE_LOOK));
+        }
+        pacer.charge(if moves { request.length } else { 0 });
+        Ok(())
     }
 
     /// The disk was not there for as long as a request waits.

@@ -41,14 +41,15 @@ pub fn each_data(
 }
 
 /// What a disk has where its parent has something else.
-pub(super) enum Difference<'a> {
+pub enum Difference<'a> {
+    /// These bytes.
     Data(&'a [u8]),
     /// So many bytes.
     Zeros(u64),
 }
 
 /// Calls `sink` with what of `disk` differs from `parent`, a disk of the same size, in whole units and rising order.
-pub(super) fn each_difference(
+pub fn each_difference(
     disk: &dyn BlockRead,
     parent: &dyn BlockRead,
     unit_bytes: u64,

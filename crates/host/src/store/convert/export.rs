@@ -15,7 +15,7 @@ use super::work::WorkDir;
 use super::{ConvertConfig, ExportAs, Format, Progress};
 use crate::block_dev::BlockRead;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::vhdx::{NewDisk, NewParent, VhdxDisk, Writer};
+use crate::vhdx::{NewDisk, NewParent, VhdxFile, Writer};
 
 /// A file under construction; removed if it still has this name when dropped.
 struct Partial {
@@ -34,7 +34,7 @@ pub(super) fn export(
     disk: &dyn BlockRead,
     to: &Path,
     as_: &ExportAs,
-    parent: Option<&VhdxDisk>,
+    parent: Option<(&VhdxFile, &dyn BlockRead)>,
     progress: Progress<'_>,
 ) -> Result<()> {
     let what = || format!("export to {}", to.display());
@@ -86,12 +86,12 @@ fn write_vhdx(
     file: &File,
     to: &Path,
     disk_id: Option<Uuid>,
-    parent: Option<&VhdxDisk>,
+    parent: Option<(&VhdxFile, &dyn BlockRead)>,
     progress: Progress<'_>,
 ) -> Result<()> {
     let size_bytes = disk.size_bytes();
     let disk_id = disk_id.unwrap_or_else(Uuid::new_v4);
-    let Some((parent, top)) = parent.and_then(|parent| Some((parent, parent.top()?))) else {
+    let Some((top, parent)) = parent else {
         let new = NewDisk { size_bytes, sector_bytes: 512, disk_id, parent: None };
         let mut writer = Writer::new(file, new)?;
         each_data(disk, progress, &mut |offset, bytes| writer.write(offset, bytes))?;

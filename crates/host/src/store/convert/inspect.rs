@@ -17,7 +17,7 @@ use super::run::fd_path;
 use super::work::WorkDir;
 use super::{ConvertConfig, Format, Source};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::vhdx::FindParent;
+use crate::vhdx::{FindParent, VhdxFile};
 
 const DEPTH_MAX: usize = 16;
 const NAME_LEN_MAX: u32 = 1023;
@@ -167,6 +167,11 @@ impl FindParent for Parents<'_> {
         let (ParentPath::Relative(name) | ParentPath::Beside(name)) = name;
         resolve(self.config, child, name, "parent")
     }
+}
+
+/// Opens one file of a chain, at a resolved path, without what it lies on.
+pub(super) fn open_alone(path: &Path) -> Result<VhdxFile> {
+    VhdxFile::open(open_regular(path)?, &path.display().to_string())
 }
 
 /// Opens a file that must be a regular one at exactly `path`, which has no symbolic links in it.

@@ -227,8 +227,10 @@ fn vhdx_files_are_written_over_others_and_read_through_them_where_that_is_allowe
     let changed = bench.open("changed.raw", None).unwrap();
     std::fs::create_dir(bench.image("sub")).unwrap();
     let child = bench.image("sub/child.vhdx");
-    let over =
-        |format, parent: &str| ExportAs { parent: Some(bench.image(parent)), ..ExportAs::whole(format) };
+    let over = |format, parent: &str| ExportAs {
+        parent: Some(ParentFile { file: bench.image(parent), disk: None }),
+        ..ExportAs::whole(format)
+    };
     bench.converter.export(&*changed, &child, &over(Format::Vhdx, "base.vhdx"), quiet).unwrap();
     assert!(all(&*bench.open("sub/child.vhdx", None).unwrap()) == bytes);
     let opened = bench.converter.open_vhdx(&child).unwrap();

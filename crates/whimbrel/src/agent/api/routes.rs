@@ -114,6 +114,14 @@ pub const ROUTES: &[Route] = &[
     ),
     route(
         POST,
+        "/v1/volumes/{name}/limit",
+        Operate,
+        Some("IoLimits"),
+        "Volume",
+        "Limit what its clients have of it; what is not named is not limited",
+    ),
+    route(
+        POST,
         "/v1/volumes/{name}/relink",
         Operate,
         Some("VolumeRelink"),

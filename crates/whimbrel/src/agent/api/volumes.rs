@@ -7,6 +7,7 @@ use whimbrel_wire::api::{
     Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeRelink,
     VolumeSnapshot,
 };
+use whimbrel_wire::meta::IoLimits;
 use whimbrel_wire::{Name, SnapshotRef};
 
 use super::{Agent, Answer, JsonBody, answer};
@@ -43,6 +44,14 @@ pub async fn snapshot(
     JsonBody(request): JsonBody<Option<VolumeSnapshot>>,
 ) -> Answer<Volume> {
     answer(agent.node()?.volume_snapshot(&name, request.unwrap_or_default()).await?)
+}
+
+pub async fn limit(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<Name>,
+    JsonBody(limits): JsonBody<IoLimits>,
+) -> Answer<Volume> {
+    answer(agent.node()?.volume_limit(&name, limits).await?)
 }
 
 pub async fn snapshot_remove(

@@ -101,5 +101,6 @@ fn describe(record: &HostRecord) -> Host {
         addresses: record.addresses.clone(),
         version: record.version.clone(),
         platform: record.platform.clone(),
+        space: record.space,
     }
 }

@@ -102,6 +102,10 @@ impl Node {
     pub async fn image_export(&self, image: &ImageRef, request: Export) -> Result<TaskStarted> {
         let record = self.store.resolve(image).await?;
         let file = PathBuf::from(&request.file);
+        if request.chain {
+            let what = format!("export image {image}: an image has no snapshots");
+            return Err(Error::new(ErrorKind::InvalidInput, what));
+        }
         let what = export_as(&file, &request)?;
         let task = self.tasks.start(TaskKind::Export, format!("image {image}"));
         let started = TaskStarted { task: task.id(), host: self.host.clone() };

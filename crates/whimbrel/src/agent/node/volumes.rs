@@ -10,7 +10,7 @@ use whimbrel_wire::api::{
     Export, TaskKind, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
     VolumeRelink, VolumeSnapshot,
 };
-use whimbrel_wire::meta::{VolumeRecord, key};
+use whimbrel_wire::meta::{IoLimits, VolumeRecord, key};
 use whimbrel_wire::{Name, SnapshotRef};
 
 use super::Node;
@@ -46,6 +46,16 @@ impl Node {
     pub async fn volume_snapshot(&self, name: &Name, request: VolumeSnapshot) -> Result<Volume> {
         self.refuse_elsewhere(&self.volume_record(name).await?)?;
         Ok(self.describe_volume(self.vms.snapshot_volume(name, &request).await?))
+    }
+
+    /// Limits what the clients of a volume have of it, where it is.
+    pub async fn volume_limit(&self, name: &Name, limits: IoLimits) -> Result<Volume> {
+        let record = self.volume_record(name).await?;
+        if record.right.holder != self.host {
+            return forward::post(self, &record.right.holder, format!("/v1/volumes/{name}/limit"), &limits)
+                .await;
+        }
+        Ok(self.describe_volume(self.vms.limit_volume(name, limits).await?))
     }
 
     /// Removes a snapshot of a volume of this host.
@@ -123,7 +133,7 @@ impl Node {
         let started = TaskStarted { task: task.id(), host: self.host.clone() };
         let (volumes, convert, task) = (self.volumes.clone(), Arc::clone(&self.convert), Arc::new(task));
         tokio::spawn(async move {
-            let result = volumes.export(&record, file, what, convert, &task).await;
+            let result = volumes.export(&record, file, what, request.chain, convert, &task).await;
             task.end(&result);
         });
         Ok(started)
@@ -190,6 +200,7 @@ impl Node {
             epoch: record.right.epoch.0,
             attached_to: record.attached_to,
             depends_on: record.depends_on,
+            limits: record.limits,
         }
     }
 }
