@@ -85,7 +85,7 @@ impl Counters {
     }
 
     fn keep(&self, what: &str) {
-        println!("whimbrel-guest: ERROR {what}");
+        say(&format!("ERROR {what}\n"));
         if let Ok(mut last) = self.last_error.lock() {
             *last = Some(what.replace(['"', '\\', '\n'], "'"));
         }
@@ -119,6 +119,11 @@ impl Counters {
     }
 }
 
+/// Says something on the console. That may be gone: whoever logs in there hangs up on all who had it before.
+fn say(words: &str) {
+    let _ = write!(std::io::stdout(), "whimbrel-guest: {words}");
+}
+
 /// Reports and takes commands until the machine ends.
 pub fn run(counters: &Arc<Counters>, workers: &[Sender<Order>]) {
     let started = Instant::now();
@@ -128,7 +133,7 @@ pub fn run(counters: &Arc<Counters>, workers: &[Sender<Order>]) {
     loop {
         let line = counters.json(started, workers.len());
         if Instant::now() >= console_due {
-            print!("whimbrel-guest: {line}");
+            say(&line);
             console_due += CONSOLE_PERIOD;
         }
         if port.is_none() {

@@ -321,8 +321,7 @@ After=local-fs.target
 
 [Service]
 ExecStart=/usr/bin/whimbrel-guest
-StandardOutput=tty
-TTYPath=/dev/ttyS0
+StandardOutput=journal+console
 Restart=no
 
 [Install]

@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -116,10 +116,11 @@ pub(super) fn peers_tools_agree(c: &Context<'_>) -> Result<()> {
     let name = "tools";
     host.whimbrel(&["volume", "create", name, "--size", &format!("{}M", SIZE / MIB)])?;
     let disk = Attached::new(c, host, name, &[])?;
-    let steps: [(&str, Step); 6] = [
+    let steps: [(&str, Step); 7] = [
         ("nbdinfo", |disk, _| told(disk)),
         ("nbdsh", |disk, _| commands(disk)),
         ("fio", |disk, _| verified(disk)),
+        ("fio under limits", |disk, _| limited_rates(disk)),
         ("nbdcopy", copied),
         ("qemu-io and qemu-img", qemu),
         ("clients killed at work", |disk, source| killed(disk, source)),
@@ -227,6 +228,37 @@ fn verified(disk: &Attached<'_>) -> Result<()> {
     for args in [mixed.as_slice(), aligned.as_slice()] {
         tool("fio", &[&common[..], &["--verify=crc32c", "--do_verify=1"], args].concat())?;
     }
+    Ok(())
+}
+
+/// All connections together get what the volume's limits say, at once after they change.
+fn limited_rates(disk: &Attached<'_>) -> Result<()> {
+    let uri = format!("--uri={}", disk.uri());
+    let common =
+        ["--name=l", "--ioengine=nbd", &uri, "--size=64m", "--rw=randread", "--iodepth=8", "--numjobs=2"];
+    let took = |args: &[&str]| {
+        let started = Instant::now();
+        tool("fio", &[&common[..], args].concat())?;
+        Ok::<_, anyhow::Error>(started.elapsed().as_secs_f64())
+    };
+    // 800 requests, and 20 MiB, in two seconds each.
+    let few = ["--bs=4k", "--io_size=1600k"];
+    let large = ["--bs=128k", "--io_size=10m"];
+    let free = took(&few)? + took(&large)?;
+    disk.host.whimbrel(&["volume", "limit", disk.name, "--iops", "400"])?;
+    let paced = took(&few)?;
+    let shown = disk.host.whimbrel(&["volume", "limit", disk.name, "--bandwidth", "80Mbit"])?;
+    ensure!(shown["limits"]["bandwidth_bytes_s"] == 10_000_000, "the volume says {shown}");
+    let shaped = took(&large)?;
+    disk.host.whimbrel(&["volume", "limit", disk.name])?;
+    let lifted = took(&few)? + took(&large)?;
+    println!(
+        "       800 requests at 400/s took {paced:.1} s, 20 MiB at 80 Mbit/s {shaped:.1} s, without limits {lifted:.1} s"
+    );
+    for (what, seconds) in [("requests", paced), ("bytes", shaped)] {
+        ensure!((1.8..4.0).contains(&seconds), "two seconds' worth of {what} took {seconds:.2} s");
+    }
+    ensure!(free < 3.0 && lifted < 3.0, "without limits it took {free:.1} s and {lifted:.1} s");
     Ok(())
 }
 

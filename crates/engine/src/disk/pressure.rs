@@ -27,8 +27,9 @@ const LEAVE: f64 = 1.25;
 const FULL_BYTES: u64 = 64 << 10;
 /// Time constant of the average rate, seconds.
 const AVERAGE_S: f64 = 60.0;
-/// Nothing is foretold from less than this, seconds.
-const SEEN_S: f64 = 4.0;
+/// What is foretold rests on at least a tenth of the time that it is ahead, and on no less and no more than this, seconds.
+const SEEN_MIN_S: f64 = 4.0;
+const SEEN_MAX_S: f64 = 60.0;
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// What is known of a file system; fed with a look now and then.
@@ -57,7 +58,9 @@ impl Watch {
         }
         self.last = Some((at_ns, free_bytes));
         let (total, free) = (total_bytes as f64, free_bytes as f64);
-        let full_in_s = (self.seen_s >= SEEN_S && self.rate_bytes_s >= 1.0).then(|| free / self.rate_bytes_s);
+        let full_in_s = (self.rate_bytes_s >= 1.0).then(|| free / self.rate_bytes_s);
+        let full_in_s =
+            full_in_s.filter(|left_s| self.seen_s >= (left_s / 10.0).clamp(SEEN_MIN_S, SEEN_MAX_S));
         let below = |level: Pressure, share: f64, bytes: f64, soon_s: f64| {
             // Whoever is at a level, or beyond it, has to come further to leave it.
             let times = if self.level >= level { LEAVE } else { 1.0 };
@@ -92,7 +95,7 @@ mod test {
         // 1 GiB per second: an hour's worth is more than there is, so it is foretold, not only seen.
         for second in 0..=1024 {
             let (level, full_in_s) = watch.look(second * SECOND_NS, TIB, TIB - (second << 30));
-            if second > 10 && level < Pressure::Full {
+            if second > 60 && level < Pressure::Full {
                 let left_s = full_in_s.unwrap();
                 assert!(left_s.abs_diff(1024 - second) <= 1, "{left_s} s at {second} s");
             }

@@ -60,6 +60,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::link::ExportTls;
 use line::Line;
 
+/// So many times the clients at once may there be with those whose threads are just ending.
+const ENDING_TIMES: usize = 4;
+
 /// How a disk is offered over NBD.
 #[derive(Clone, Debug)]
 pub struct NbdOptions {
@@ -169,6 +172,8 @@ struct Connection {
     socket: Arc<OwnedFd>,
     /// Whether its handshake is over.
     settled: AtomicBool,
+    /// Whether it was cut off for the sake of another.
+    dismissed: AtomicBool,
 }
 
 struct Shared {
@@ -313,22 +318,29 @@ impl Shared {
 
     /// Gives a connection a thread of its own.
     fn start(self: Arc<Self>, id: u64, socket: OwnedFd) -> Result<()> {
-        let connection = Arc::new(Connection { socket: Arc::new(socket), settled: AtomicBool::new(false) });
+        let connection = Arc::new(Connection {
+            socket: Arc::new(socket),
+            settled: AtomicBool::new(false),
+            dismissed: AtomicBool::new(false),
+        });
         {
             let mut connections = self.connections.lock();
             let max = self.export.options.max_connections;
             let is_settled = |connection: &Connection| connection.settled.load(Ordering::SeqCst);
             let settled = connections.values().filter(|other| is_settled(other)).count();
-            if settled >= max || connections.len() >= 2 * max {
+            if settled >= max || connections.len() >= ENDING_TIMES * max {
                 return Err(Error::new(
                     ErrorKind::Unavailable,
                     "serve one more client: too many connections",
                 ));
             }
-            if connections.len() >= max
-                && let Some(oldest) = connections.values().find(|other| !is_settled(other))
+            // Those that were dismissed are here until their threads have ended, which may take a while.
+            let mut staying = connections.values().filter(|other| !other.dismissed.load(Ordering::SeqCst));
+            if staying.clone().count() >= max
+                && let Some(oldest) = staying.find(|other| !is_settled(other))
             {
                 // Clients that connect and say nothing keep nobody out.
+                oldest.dismissed.store(true, Ordering::SeqCst);
                 line::shut(&oldest.socket);
             }
             connections.insert(id, connection.clone());

@@ -24,7 +24,7 @@ use crate::block_dev::{BlockDev, BlockRead};
 use crate::blocking::blocking;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::store::convert::{
-    Converter, Difference, ExportAs, Format, Level, ParentFile, each_data, each_difference,
+    Converter, Difference, ExportAs, Format, Level, ParentFile, Progress, each_data, each_difference,
 };
 use crate::task::TaskHandle;
 
@@ -41,7 +41,8 @@ impl Volumes {
         task: &Arc<TaskHandle>,
     ) -> Result<()> {
         let file = PathBuf::from(&request.file);
-        let mut levels = open_levels(convert, file, request.format.as_deref(), task).await?;
+        let stated = request.format.as_deref();
+        let mut levels = opened(convert, file, stated, task, Converter::open_levels).await?;
         if request.flatten {
             levels.drain(..levels.len().saturating_sub(1));
         }
@@ -190,27 +191,21 @@ pub async fn open_file(
     format: Option<&str>,
     task: &Arc<TaskHandle>,
 ) -> Result<Arc<dyn BlockRead>> {
-    let format = format.map(str::parse).transpose()?;
-    task.phase("convert");
-    let task = Arc::clone(task);
-    let opened = blocking("open a disk image", move || {
-        convert.open(&file, format, &mut |done, total| step(&task, done, total))
-    });
-    opened.await
+    opened(convert, file, format, task, Converter::open).await
 }
 
-/// The same with each of what it lies on, the lowest first.
-async fn open_levels(
+async fn opened<T: Send + 'static>(
     convert: Arc<Converter>,
     file: PathBuf,
     format: Option<&str>,
     task: &Arc<TaskHandle>,
-) -> Result<Vec<Level>> {
+    open: fn(&Converter, &Path, Option<Format>, Progress<'_>) -> Result<T>,
+) -> Result<T> {
     let format = format.map(str::parse).transpose()?;
     task.phase("convert");
     let task = Arc::clone(task);
     let opened = blocking("open a disk image", move || {
-        convert.open_levels(&file, format, &mut |done, total| step(&task, done, total))
+        open(&convert, &file, format, &mut |done, total| step(&task, done, total))
     });
     opened.await
 }
