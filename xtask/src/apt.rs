@@ -57,14 +57,23 @@ impl PrivateApt {
     /// Sets up under `dir` with `suites` of `uri`; packages named in `pinned` come from `pin_suite` even if that
     /// means a downgrade.
     pub fn new(dir: &Path, uri: &str, suites: &[&str], pinned: &str, pin_suite: &str) -> Result<PrivateApt> {
+        let sources: String = suites.iter().map(|s| format!("deb {uri} {s} main\n")).collect();
+        let pin = format!("Package: {pinned}\nPin: release n={pin_suite}\nPin-Priority: 1001\n");
+        PrivateApt::with(dir, &sources, &pin)
+    }
+
+    /// Sets up under `dir` for what the packages of one suite of `uri` are built from.
+    pub fn of_sources(dir: &Path, uri: &str, suite: &str) -> Result<PrivateApt> {
+        PrivateApt::with(dir, &format!("deb-src {uri} {suite} main\n"), "")
+    }
+
+    fn with(dir: &Path, sources: &str, preferences: &str) -> Result<PrivateApt> {
         for sub in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.join(sub)).with_context(|| format!("create {}", dir.display()))?;
         }
         let dir = dir.canonicalize().context("resolve the private apt directory")?;
-        let sources: String = suites.iter().map(|s| format!("deb {uri} {s} main\n")).collect();
         fs::write(dir.join("sources.list"), sources).context("write private apt sources")?;
-        let pin = format!("Package: {pinned}\nPin: release n={pin_suite}\nPin-Priority: 1001\n");
-        fs::write(dir.join("preferences"), pin).context("write private apt preferences")?;
+        fs::write(dir.join("preferences"), preferences).context("write private apt preferences")?;
         Ok(PrivateApt { dir })
     }
 
@@ -132,6 +141,19 @@ impl PrivateApt {
         let mut c = self.tool("apt-get", &["-q", "download"]);
         c.args(picks.iter().map(|p| format!("{}={}", p.name, p.version))).current_dir(into);
         capture(&mut c).map(drop)
+    }
+
+    /// Downloads what `package` is built from, as its authors published it, into `into`; gives the archive's path.
+    pub fn source(&self, package: &str, into: &Path) -> Result<PathBuf> {
+        fs::create_dir_all(into).with_context(|| format!("create {}", into.display()))?;
+        let mut c = self.tool("apt-get", &["-q", "source", "--download-only", package]);
+        let out = output(c.current_dir(into))?;
+        // A newer upload takes the distribution's own changes off the mirror, which apt calls a failure; the archive
+        // that they were made to stays. One that was cut short does not unpack.
+        let entries = fs::read_dir(into).with_context(|| format!("list {}", into.display()))?;
+        let found =
+            entries.flatten().map(|e| e.path()).find(|p| p.to_string_lossy().ends_with(".orig.tar.xz"));
+        found.with_context(|| format!("download the source of {package}: {}", tail(&out.stderr, 6)))
     }
 }
 

@@ -13,6 +13,7 @@ mod adopt;
 mod cold_block;
 mod errors;
 mod formats;
+mod iotests;
 mod kill;
 mod memory;
 mod nbd;
@@ -70,6 +71,7 @@ pub const IMAGE: &str = "tiny:e2e";
 
 /// Runs the scenarios; inside and outside of the lab.
 pub fn run(options: &Options) -> Result<()> {
+    let chosen = choose(options)?;
     if !lab::inside() {
         let program = match &options.program {
             Some(p) => p.clone(),
@@ -78,9 +80,13 @@ pub fn run(options: &Options) -> Result<()> {
         let image = guest::tiny()?;
         let all = qemu::ensure_all()?;
         let other = all.iter().find(|q| q.version != options.qemu).map(|q| q.bin.clone());
+        let qemu = qemu::ensure(options.qemu)?;
+        if chosen.iter().any(|(name, _)| *name == iotests::NAME) {
+            iotests::fetch(&qemu)?;
+        }
         let prepared = [
             ("WHIMBREL_E2E_PROGRAM", program),
-            ("WHIMBREL_E2E_QEMU", qemu::ensure(options.qemu)?.bin),
+            ("WHIMBREL_E2E_QEMU", qemu.bin),
             ("WHIMBREL_E2E_DISK", image.disk),
             ("WHIMBREL_E2E_S3S_FS", check::tool("s3s-fs")?),
             ("WHIMBREL_E2E_OTHER_QEMU", other.unwrap_or_default()),
@@ -88,14 +94,6 @@ pub fn run(options: &Options) -> Result<()> {
         return lab::enter(&prepared);
     }
     lab::enter(&[])?;
-    let chosen: Vec<Scenario> = scenario::ALL
-        .into_iter()
-        .filter(|(name, _)| options.only.is_empty() || options.only.iter().any(|o| name.contains(o.as_str())))
-        .filter(|(name, _)| !options.without.iter().any(|o| name.contains(o.as_str())))
-        .collect();
-    if chosen.is_empty() {
-        bail!("no scenario's name contains {:?}", options.only);
-    }
     let program = lab::prepared("WHIMBREL_E2E_PROGRAM")?;
     let qemu = qemu::Qemu { version: options.qemu, bin: lab::prepared("WHIMBREL_E2E_QEMU")? };
     let image = guest::Image { disk: lab::prepared("WHIMBREL_E2E_DISK")?, ..guest::boot_files() };
@@ -132,4 +130,17 @@ pub fn run(options: &Options) -> Result<()> {
     }
     println!("all {} scenarios passed on QEMU {}", chosen.len(), options.qemu.name());
     Ok(())
+}
+
+/// The scenarios that the caller asked for.
+fn choose(options: &Options) -> Result<Vec<Scenario>> {
+    let chosen: Vec<Scenario> = scenario::ALL
+        .into_iter()
+        .filter(|(name, _)| options.only.is_empty() || options.only.iter().any(|o| name.contains(o.as_str())))
+        .filter(|(name, _)| !options.without.iter().any(|o| name.contains(o.as_str())))
+        .collect();
+    if chosen.is_empty() {
+        bail!("no scenario's name contains {:?}", options.only);
+    }
+    Ok(chosen)
 }

@@ -66,6 +66,7 @@ impl Purpose {
                 ("fio", Some("fio")),
                 ("openssl", Some("openssl")),
                 ("qemu-utils", Some("qemu-img")),
+                ("xz-utils", Some("xz")),
                 ("libvhdi-utils", Some("vhdiinfo")),
                 ("python3-libvhdi", None),
             ],

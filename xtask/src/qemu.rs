@@ -5,6 +5,7 @@
 //!          │ no
 //!          ▼
 //!   private apt ─▶ download ─▶ dpkg -x ─▶ target/qemu/VERSION/root ─▶ bin/ wrappers (-L, library path)
+//!          └─────▶ the version's own block tests ─▶ target/qemu/VERSION/source
 //! ```
 //!
 //! Invariant: nothing is installed here; removing `target/qemu` removes every trace.
@@ -30,6 +31,11 @@ const PACKAGES: [&str; 6] =
     ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "qemu-utils", "seabios", "ipxe-qemu"];
 /// What comes out of the pinned suite rather than the newest one on offer.
 const PINNED: &str = "qemu-* seabios ipxe-qemu";
+
+/// Beside the programs: parts of the source.
+const SOURCE: &str = "source";
+/// Which parts: the block tests, and what they drive QEMU with.
+const SOURCE_PARTS: [&str; 2] = ["tests/qemu-iotests", "python/qemu"];
 
 /// A QEMU version under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -85,6 +91,11 @@ impl Qemu {
     pub fn system(&self) -> PathBuf {
         self.program("qemu-system-x86_64")
     }
+
+    /// Where its block tests are, once [`ensure_block_tests`] has put them there.
+    pub fn block_tests(&self) -> PathBuf {
+        self.bin.with_file_name(SOURCE).join(SOURCE_PARTS[0])
+    }
 }
 
 /// Makes `version` ready, fetching and unpacking its packages at the first call.
@@ -109,6 +120,31 @@ pub fn ensure(version: Version) -> Result<Qemu> {
         bail!("{} is not QEMU {}", qemu.system().display(), version.name());
     }
     Ok(qemu)
+}
+
+/// Fetches the block tests of this version's source at the first call.
+pub fn ensure_block_tests(qemu: &Qemu) -> Result<()> {
+    let source = qemu.bin.with_file_name(SOURCE);
+    if source.exists() {
+        return Ok(());
+    }
+    let (uri, release) = apt::archive()?;
+    let suite = qemu.version.suite(&release);
+    eprintln!("fetching the source of QEMU {} from {suite}, for its block tests", qemu.version.name());
+    let work = source.with_extension("new");
+    if work.exists() {
+        fs::remove_dir_all(&work).with_context(|| format!("remove {}", work.display()))?;
+    }
+    let apt = PrivateApt::of_sources(&work.join("apt"), &uri, &suite)?;
+    apt.update()?;
+    let archive = apt.source("qemu", &work.join("archive"))?;
+    let tree = work.join("tree");
+    fs::create_dir_all(&tree).with_context(|| format!("create {}", tree.display()))?;
+    let mut c = cmd("tar", &["--extract", "--xz", "--strip-components=1", "--wildcards", "--file"]);
+    c.arg(&archive).arg("--directory").arg(&tree).args(SOURCE_PARTS.map(|part| format!("*/{part}")));
+    capture(&mut c)?;
+    fs::rename(&tree, &source).with_context(|| format!("put {} in place", source.display()))?;
+    fs::remove_dir_all(&work).with_context(|| format!("remove {}", work.display()))
 }
 
 /// The version of the programs in a directory.

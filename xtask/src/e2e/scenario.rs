@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, formats, kill, memory, nbd, no_space, on_demand,
-    snapshots, swarm,
+    Context, IMAGE, Scenario, adopt, cold_block, errors, formats, iotests, kill, memory, nbd, no_space,
+    on_demand, snapshots, swarm,
 };
 use crate::cmd::output;
 use crate::flight::Flight;
@@ -48,6 +48,7 @@ pub const ALL: [Scenario; 24] = [
     ("an agent's memory stays within its limits", memory::agent_memory),
     ("a guest whose host has no space waits for it", no_space::a_guest_waits_for_space),
     ("an attached volume passes what NBD's other programs ask of it", nbd::peers_tools_agree),
+    (iotests::NAME, iotests::qemus_own_tests_pass),
     ("disks go out and come back in the formats of others", formats::in_and_out),
     ("what goes wrong around a VM is told and leaves it alone", errors::errors_leave_the_vm_alone),
     ("mistakes are answered with what, where and what to do", mistakes),
