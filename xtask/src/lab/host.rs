@@ -189,7 +189,9 @@ impl Host {
 
     /// The same for an agent that sees what is mounted for the process `pid` of this machine.
     pub fn start_agent_in_mounts_of(&self, whimbrel: &Path, pid: u32) -> Result<()> {
-        self.launch_agent(whimbrel, &[], &["nsenter", &format!("--mount=/proc/{pid}/ns/mnt"), "--"])
+        // In other mounts one stands in their root.
+        let whimbrel = whimbrel.canonicalize().with_context(|| format!("find {}", whimbrel.display()))?;
+        self.launch_agent(&whimbrel, &[], &["nsenter", &format!("--mount=/proc/{pid}/ns/mnt"), "--"])
     }
 
     /// `through`: words in front of the agent's own command.
