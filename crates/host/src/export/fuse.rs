@@ -207,9 +207,7 @@ fn sync_within(path: PathBuf, limit: Duration) {
         Ok(_) => match result.recv_timeout(limit) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(%error, "sync a file that is being taken away"),
-            Err(_) => {
-                tracing::warn!("what was mapped of a file that is being taken away could not be written")
-            }
+            Err(_) => tracing::warn!("what was mapped of a file that goes away could not be written"),
         },
         Err(error) => tracing::warn!(%error, "start a thread to sync a file"),
     }
