@@ -12,6 +12,7 @@
 mod adopt;
 mod cold_block;
 mod errors;
+mod files;
 mod formats;
 mod iotests;
 mod kill;

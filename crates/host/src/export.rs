@@ -1,4 +1,4 @@
-//! Volumes shown to guests and tools: vhost-user-blk and NBD.
+//! Volumes shown to guests and tools: vhost-user-blk, NBD and files.
 //!
 //! ```text
 //!  guest driver ── QEMU ── unix socket ──▶ server ──▶ frontend   the vhost-user conversation: memory, rings, logs
@@ -8,6 +8,7 @@
 //!                                                       │ would wait                ▲
 //!                                                       └────────▶ pool ────────────┘
 //!  nbd client ── unix socket, or TCP with TLS ──▶ nbd ──────────▶ DeviceSlot
+//!  program ── a file ── kernel ── /dev/fuse ──▶ fuse ───────────▶ DeviceSlot
 //! ```
 //!
 //! Invariants
@@ -26,6 +27,7 @@ mod blk;
 mod dirty;
 mod event;
 mod frontend;
+pub mod fuse;
 #[cfg(test)]
 mod fuzz;
 mod greeting;

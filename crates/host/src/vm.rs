@@ -231,11 +231,8 @@ impl Vms {
                 return Err(Error::new(ErrorKind::Refused, format!("use {what}: it is attached to vm {vm}")));
             }
             if self.shared.volumes.is_exported(name) {
-                return Err(Error::new(
-                    ErrorKind::Refused,
-                    format!("use {what}: it is exported on a socket"),
-                )
-                .hint(format!("`whimbrel volume detach {name}` first")));
+                return Err(Error::new(ErrorKind::Refused, format!("use {what}: it is shown to programs"))
+                    .hint(format!("`whimbrel volume detach {name}` first")));
             }
             if volumes.iter().any(|other| other.key == volume.key) {
                 return Err(Error::new(ErrorKind::InvalidInput, format!("use {what} twice")));

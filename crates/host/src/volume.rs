@@ -1,12 +1,12 @@
 //! Volumes of this host: made, opened once, exported, removed.
 //!
 //! ```text
-//!   VolumeRecord (who may write, what is under it)  ──► open ──► Layer over Image ──► guests' disks, NBD, export
+//!   VolumeRecord (who may write, what is under it)  ──► open ──► Layer over Image ──► guests' disks, NBD, files, export
 //! ```
 //!
 //! Invariants
 //! * A layer is opened for writing once per process, at the epoch of the record whose holder is this host.
-//! * A volume is in use by one VM or one socket.
+//! * A volume is in use by one VM, one socket or one file.
 //!
 //! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`), disks of other systems ([`files`]).
 
@@ -20,6 +20,7 @@ mod test_cluster;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use whimbrel_wire::api::{VolumeAttach, VolumeCheck, VolumeCreate};
@@ -30,6 +31,7 @@ use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
 use crate::blocking::blocking;
 use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
 use crate::error::{Context as _, Error, ErrorKind, Result};
+use crate::export::fuse::{FileDir, FileExport, FileOptions};
 use crate::export::nbd::{NbdOptions, NbdPlace, NbdServer};
 use crate::export::{DeviceSlot, VhostUserOptions, VhostUserServer};
 use crate::link::{ExportTls, Links};
@@ -61,14 +63,42 @@ struct Shared {
     on_demand: OnDemand,
     claims: snapshot::Claims,
     exports: Mutex<HashMap<Name, Exported>>,
+    /// Where volumes are shown as files.
+    files: Arc<FileDir>,
 }
 
-/// A volume shown on a socket or a port.
+/// A volume shown to programs.
 struct Exported {
-    place: NbdPlace,
     disk_id: DiskId,
-    server: DiskServer,
+    server: Server,
 }
+
+/// What shows it.
+enum Server {
+    /// On a socket or a port.
+    Disk { place: NbdPlace, server: DiskServer },
+    /// As a file.
+    File(FileExport),
+}
+
+impl Server {
+    fn slot(&self) -> &DeviceSlot {
+        match self {
+            Self::Disk { server, .. } => server.slot(),
+            Self::File(file) => file.slot(),
+        }
+    }
+
+    fn stop(self) -> Result<()> {
+        match self {
+            Self::Disk { server, .. } => server.stop(),
+            Self::File(file) => file.stop(),
+        }
+    }
+}
+
+/// How long a request of a client that was cut off may go on.
+const LAST_REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// What this host knows of a volume whose layer is here.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +110,8 @@ pub struct VolumeFigures {
 }
 
 impl Volumes {
-    /// The volumes below `data_dir`; sockets go below `run_dir`.
+    /// The volumes below `data_dir`; sockets go below `run_dir`, files into its directory `files`, from which what an
+    /// agent that was killed left is taken away.
     pub fn new(
         host: HostId,
         data_dir: &Path,
@@ -91,6 +122,7 @@ impl Volumes {
     ) -> Result<Self> {
         std::fs::create_dir_all(&run_dir).with_context(|| format!("make directory {}", run_dir.display()))?;
         let dir = VolumeDir::new(data_dir)?;
+        let files = FileDir::new(run_dir.join("files"))?;
         let shared = Shared {
             host,
             dir,
@@ -103,6 +135,7 @@ impl Volumes {
             links,
             claims: snapshot::Claims::default(),
             exports: Mutex::default(),
+            files,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -302,17 +335,18 @@ impl Volumes {
         }
     }
 
-    /// Whether the volume is shown on a socket.
+    /// Whether the volume is shown to programs.
     pub fn is_exported(&self, name: &Name) -> bool {
         self.shared.exports.lock().contains_key(name)
     }
 
-    /// Sockets that the volume is shown on.
+    /// Sockets, ports and files that the volume is shown on.
     pub fn exports(&self, name: &Name) -> Vec<String> {
         let exports = self.shared.exports.lock();
-        let show = |exported: &Exported| match &exported.place {
-            NbdPlace::Unix(path) => path.to_string_lossy().into_owned(),
-            NbdPlace::Tcp(address) => format!("nbds://{address}/{name}"),
+        let show = |exported: &Exported| match &exported.server {
+            Server::Disk { place: NbdPlace::Unix(path), .. } => path.to_string_lossy().into_owned(),
+            Server::Disk { place: NbdPlace::Tcp(address), .. } => format!("nbds://{address}/{name}"),
+            Server::File(file) => file.path().to_string_lossy().into_owned(),
         };
         exports.get(name).map(show).into_iter().collect()
     }
@@ -320,8 +354,10 @@ impl Volumes {
     /// Sockets of volumes that are shown over vhost-user-blk, and the volumes.
     pub(crate) fn vhost_user_sockets(&self) -> BTreeMap<PathBuf, Name> {
         let exports = self.shared.exports.lock();
-        let over = exports.iter().filter_map(|(name, exported)| match (&exported.server, &exported.place) {
-            (DiskServer::VhostUser(_), NbdPlace::Unix(path)) => Some((path.clone(), name.clone())),
+        let over = exports.iter().filter_map(|(name, exported)| match &exported.server {
+            Server::Disk { place: NbdPlace::Unix(path), server: DiskServer::VhostUser(_) } => {
+                Some((path.clone(), name.clone()))
+            }
             _ => None,
         });
         over.collect()
@@ -330,13 +366,20 @@ impl Volumes {
     /// Takes a volume's socket out of this register, with its server at work: a VM has it from now on.
     pub(crate) fn hand_over(&self, name: &Name) -> Option<(PathBuf, DiskServer)> {
         let mut exports = self.shared.exports.lock();
-        let NbdPlace::Unix(path) = exports.get(name)?.place.clone() else { return None };
-        Some((path, exports.remove(name)?.server))
+        let Exported { disk_id, server } = exports.remove(name)?;
+        match server {
+            Server::Disk { place: NbdPlace::Unix(path), server } => Some((path, server)),
+            server => {
+                exports.insert(name.clone(), Exported { disk_id, server });
+                None
+            }
+        }
     }
 
     /// Takes back what was handed over.
     pub(crate) fn take_back(&self, record: &VolumeRecord, path: PathBuf, server: DiskServer) {
-        let exported = Exported { place: NbdPlace::Unix(path), disk_id: record.disk_id, server };
+        let server = Server::Disk { place: NbdPlace::Unix(path), server };
+        let exported = Exported { disk_id: record.disk_id, server };
         self.shared.exports.lock().insert(record.name.clone(), exported);
     }
 
@@ -386,7 +429,7 @@ impl Volumes {
             return Err(Error::new(ErrorKind::Refused, format!("{action}: it is attached to vm {vm}")));
         }
         if self.is_exported(name) {
-            return Err(Error::new(ErrorKind::Refused, format!("{action}: it is exported on a socket"))
+            return Err(Error::new(ErrorKind::Refused, format!("{action}: it is shown to programs"))
                 .hint(format!("`whimbrel volume detach {name}` first")));
         }
         let _claim = self.claim([name.clone()], "it is being removed")?;
@@ -400,76 +443,101 @@ impl Volumes {
         self.drop_unused_layers(&record.value).with_context(|| action)
     }
 
-    /// Shows a volume on a socket of this host, or on a TCP port.
+    /// Shows a volume on a socket of this host, on a TCP port, or as a file.
     pub async fn attach(&self, record: &VolumeRecord, request: &VolumeAttach) -> Result<()> {
         let name = &record.name;
         let action = || format!("attach volume {name}");
+        let invalid = |why: &str| Err(Error::new(ErrorKind::InvalidInput, format!("{}: {why}", action())));
         if let Some(vm) = &record.attached_to {
             return Err(Error::new(ErrorKind::Refused, format!("{}: vm {vm} uses it", action())));
         }
         if self.is_exported(name) {
             return Err(Error::new(
                 ErrorKind::AlreadyExists,
-                format!("{}: it is on a socket already", action()),
+                format!("{}: it is shown to programs already", action()),
             ));
         }
-        let over_nbd = match request.export.as_str() {
-            "nbd" => true,
+        match request.export.as_str() {
+            "nbd" => {}
             "vhost-user-blk" if request.listen.is_some() || request.read_only => {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("{}: a port, or reading only, is to be had over nbd", action()),
-                ));
+                return invalid("a port, or reading only, is to be had over nbd");
             }
-            "vhost-user-blk" => false,
-            other => {
-                return Err(Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("{}: {other:?} is neither nbd nor vhost-user-blk", action()),
-                ));
-            }
-        };
+            "fuse" if request.listen.is_some() => return invalid("a port is to be had over nbd"),
+            "vhost-user-blk" | "fuse" => {}
+            other => return invalid(&format!("{other:?} is neither nbd nor vhost-user-blk nor fuse")),
+        }
         let address = request.listen.as_ref().map(|text| text.parse());
         let address = address.transpose().map_err(|error| {
             Error::with_source(ErrorKind::InvalidInput, format!("{}: read IP:PORT", action()), error)
         })?;
-        let layer = self.open(record).await?;
-        let slot = DeviceSlot::active(layer);
+        let slot = DeviceSlot::active(self.open(record).await?);
         slot.limit(record.limits);
         let run_dir = &self.shared.run_dir;
-        let (place, server) = if over_nbd {
-            let options = NbdOptions {
-                name: name.as_str().to_owned(),
-                read_only: request.read_only,
-                ..NbdOptions::default()
-            };
-            let server = match address {
-                Some(address) => {
-                    let tls = ExportTls::new(&self.shared.links)?;
-                    NbdServer::start_tcp(address, tls, slot, options)?
-                }
-                None => NbdServer::start(&run_dir.join(format!("{name}.nbd.sock")), slot, options)?,
-            };
-            (server.place().clone(), DiskServer::Nbd(server))
-        } else {
-            let path = run_dir.join(format!("{name}.vhost.sock"));
-            let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
-            (NbdPlace::Unix(path), DiskServer::VhostUser(server))
+        let server = match request.export.as_str() {
+            "fuse" => {
+                let options = FileOptions {
+                    name: name.as_str().to_owned(),
+                    read_only: request.read_only,
+                    ..FileOptions::default()
+                };
+                let files = Arc::clone(&self.shared.files);
+                let file =
+                    blocking("show a volume as a file", move || FileExport::start(&files, slot, options));
+                Server::File(file.await?)
+            }
+            "nbd" => {
+                let options = NbdOptions {
+                    name: name.as_str().to_owned(),
+                    read_only: request.read_only,
+                    ..NbdOptions::default()
+                };
+                let server = match address {
+                    Some(address) => {
+                        let tls = ExportTls::new(&self.shared.links)?;
+                        NbdServer::start_tcp(address, tls, slot, options)?
+                    }
+                    None => NbdServer::start(&run_dir.join(format!("{name}.nbd.sock")), slot, options)?,
+                };
+                Server::Disk { place: server.place().clone(), server: DiskServer::Nbd(server) }
+            }
+            _ => {
+                let path = run_dir.join(format!("{name}.vhost.sock"));
+                let server = VhostUserServer::start(&path, slot, VhostUserOptions::default())?;
+                Server::Disk { place: NbdPlace::Unix(path), server: DiskServer::VhostUser(server) }
+            }
         };
-        let exported = Exported { place, disk_id: record.disk_id, server };
+        let exported = Exported { disk_id: record.disk_id, server };
         self.shared.exports.lock().insert(name.clone(), exported);
         Ok(())
     }
 
-    /// Takes a volume's socket away.
+    /// Takes a volume's socket or file away. When this returned, no request of a client reaches the volume any more.
     pub async fn detach(&self, name: &Name) -> Result<()> {
         let exported = self.shared.exports.lock().remove(name).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("detach volume {name}: it is on no socket of this host"))
+            let what = format!("detach volume {name}: it is not shown to programs of this host");
+            Error::new(ErrorKind::NotFound, what)
         })?;
-        let disk_id = exported.disk_id;
-        let stopped = blocking("stop a disk server", move || exported.server.stop()).await;
+        let Exported { disk_id, server } = exported;
+        let slot = server.slot().clone();
+        let stopped = blocking("stop a disk server", move || server.stop()).await;
         self.close(disk_id);
-        stopped
+        // Requests that waited for another host have failed by now.
+        let fenced = blocking("fence a volume", move || slot.fence(LAST_REQUEST_LIMIT)).await;
+        stopped.and(fenced)
+    }
+
+    /// Takes all files away: they would not outlive this process, but be in the way of whoever uses them.
+    pub async fn detach_files(&self) {
+        let is_file = |exported: &Exported| matches!(exported.server, Server::File(_));
+        let names: Vec<Name> = {
+            let exports = self.shared.exports.lock();
+            exports.iter().filter(|(_, exported)| is_file(exported)).map(|(name, _)| name.clone()).collect()
+        };
+        for name in names {
+            if let Err(error) = self.detach(&name).await {
+                tracing::warn!(volume = %name, %error, "take a volume's file away");
+            }
+        }
     }
 }
 

@@ -270,7 +270,7 @@ pub struct Volume {
     /// Bytes the layer takes on disk, where it is here.
     #[serde(default)]
     pub layer_bytes: Option<u64>,
-    /// Sockets it is exported on, or `nbds://IP:PORT/NAME`, while attached.
+    /// Socket or file it is shown on, or `nbds://IP:PORT/NAME`, while attached.
     #[serde(default)]
     pub exports: Vec<String>,
     /// The layers under the writable one, the newest first: snapshots, and what a clone was made from.
@@ -341,12 +341,12 @@ pub struct VolumeRelink {
 /// How to attach a volume.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct VolumeAttach {
-    /// `vhost-user-blk` or `nbd`.
+    /// `vhost-user-blk`, `nbd` or `fuse`.
     pub export: String,
     /// `IP:PORT` to listen on instead of a socket, with TLS (`nbd` only); port 0: one that is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<String>,
-    /// Whether clients may only read (`nbd` only).
+    /// Whether clients may only read (not over `vhost-user-blk`).
     #[serde(default)]
     pub read_only: bool,
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, formats, iotests, kill, memory, nbd, no_space,
+    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, memory, nbd, no_space,
     on_demand, snapshots, swarm,
 };
 use crate::cmd::output;
@@ -26,7 +26,7 @@ pub const ANY_VERSION: [&str; 6] = [
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 24] = [
+pub const ALL: [Scenario; 26] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -49,6 +49,7 @@ pub const ALL: [Scenario; 24] = [
     ("a guest whose host has no space waits for it", no_space::a_guest_waits_for_space),
     ("an attached volume passes what NBD's other programs ask of it", nbd::peers_tools_agree),
     (iotests::NAME, iotests::qemus_own_tests_pass),
+    ("an attached volume is a file to programs that only know files", files::programs_take_it_for_a_file),
     ("disks go out and come back in the formats of others", formats::in_and_out),
     ("what goes wrong around a VM is told and leaves it alone", errors::errors_leave_the_vm_alone),
     ("mistakes are answered with what, where and what to do", mistakes),

@@ -187,6 +187,13 @@ impl Host {
         self.launch_agent(whimbrel, &[], &["setpriv", &without[0], &without[1], "--"])
     }
 
+    /// The same for an agent that sees what is mounted for the process `pid` of this machine.
+    pub fn start_agent_in_mounts_of(&self, whimbrel: &Path, pid: u32) -> Result<()> {
+        // In other mounts one stands in their root.
+        let whimbrel = whimbrel.canonicalize().with_context(|| format!("find {}", whimbrel.display()))?;
+        self.launch_agent(&whimbrel, &[], &["nsenter", &format!("--mount=/proc/{pid}/ns/mnt"), "--"])
+    }
+
     /// `through`: words in front of the agent's own command.
     fn launch_agent(&self, whimbrel: &Path, env: &[(&str, &str)], through: &[&str]) -> Result<()> {
         self.whimbrel.replace(whimbrel.to_path_buf());

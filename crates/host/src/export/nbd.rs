@@ -45,7 +45,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -413,21 +413,7 @@ impl Export {
     }
 
     fn enter_unless(&self, needless: impl Fn() -> bool) -> Option<Entered<'_>> {
-        if let Some(device) = self.slot.enter() {
-            return Some(device);
-        }
-        let deadline = Instant::now() + self.options.disk_patience;
-        loop {
-            if needless() {
-                return None;
-            }
-            if let Some(device) = self.slot.enter_within(Duration::from_millis(100)) {
-                return Some(device);
-            }
-            if self.is_stopping() || Instant::now() > deadline {
-                return None;
-            }
-        }
+        self.slot.enter_patiently(self.options.disk_patience, || needless() || self.is_stopping())
     }
 
     /// The disk for reads, which may take long and hold up no fence.

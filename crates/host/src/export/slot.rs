@@ -27,6 +27,9 @@ use super::pacer::Pacer;
 use crate::block_dev::BlockDev;
 use crate::error::{Error, ErrorKind, Result};
 
+/// Between two looks whether a request that waits for its disk is still wanted.
+const GIVE_UP_POLL: Duration = Duration::from_millis(100);
+
 /// What a [`DeviceSlot`] does with requests now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
@@ -178,6 +181,20 @@ impl DeviceSlot {
                 return None;
             }
         }
+    }
+
+    /// As [`DeviceSlot::enter`], but waits up to `limit` for `activate`, unless `give_up` says that it is no use.
+    pub(super) fn enter_patiently(&self, limit: Duration, give_up: impl Fn() -> bool) -> Option<Entered<'_>> {
+        if let Some(device) = self.enter() {
+            return Some(device);
+        }
+        let deadline = Instant::now() + limit;
+        while !give_up() && Instant::now() <= deadline {
+            if let Some(device) = self.enter_within(GIVE_UP_POLL) {
+                return Some(device);
+            }
+        }
+        None
     }
 
     /// The disk for a read that may take long, not held against a fence: a read cannot harm the next holder.

@@ -248,6 +248,7 @@ impl Node {
         for task in self.background.lock().drain(..) {
             task.abort();
         }
+        self.volumes.detach_files().await;
         self.store.stop().await;
     }
 }

@@ -112,21 +112,21 @@ pub enum VolumeCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Show a volume to programs of this host on a socket, and print the socket's path; or to others over TLS.
+    /// Show a volume to programs of this host on a socket or as a file, and print the path; or to others over TLS.
     Attach {
         /// Its name.
         name: Name,
-        /// nbd or vhost-user-blk
+        /// nbd, vhost-user-blk, or fuse: a raw file
         #[arg(long, default_value = "nbd")]
         export: String,
         /// A TCP port instead of a socket, with TLS and the cluster's certificates (nbd only).
         #[arg(long, value_name = "IP:PORT")]
         listen: Option<std::net::SocketAddr>,
-        /// Clients may only read (nbd only).
+        /// Clients may only read (not over vhost-user-blk).
         #[arg(long)]
         read_only: bool,
     },
-    /// Take the socket away again.
+    /// Take the socket or the file away again.
     Detach {
         /// Its name.
         name: Name,

@@ -139,7 +139,7 @@ impl Node {
         Ok(started)
     }
 
-    /// Shows a volume of this host on a socket, or on a TCP port.
+    /// Shows a volume of this host on a socket, on a TCP port, or as a file.
     pub async fn volume_attach(&self, name: &Name, request: &VolumeAttach) -> Result<Volume> {
         let record = self.volume_record(name).await?;
         self.refuse_elsewhere(&record)?;
@@ -147,7 +147,7 @@ impl Node {
         Ok(self.describe_volume(record))
     }
 
-    /// Takes the socket away.
+    /// Takes the socket or the file away.
     pub async fn volume_detach(&self, name: &Name) -> Result<Volume> {
         let record = self.volume_record(name).await?;
         self.volumes.detach(name).await?;
