@@ -4,4 +4,5 @@ pub mod extent_map;
 pub mod identity;
 pub mod merge;
 pub mod reclaim;
+pub mod resize;
 pub mod vhdx;

@@ -11,6 +11,7 @@
 //! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`).
 
 mod on_demand;
+mod resize;
 mod snapshot;
 #[cfg(test)]
 mod test_cluster;
@@ -236,7 +237,13 @@ impl Volumes {
             return self.open_pull(record, base, record.right.epoch, source).await;
         }
         let (dir, id, epoch) = (shared.dir.clone(), record.disk_id, record.right.epoch);
-        let opened = blocking("open a layer", move || dir.open(id, base, epoch, true)).await;
+        let size_bytes = record.size_bytes;
+        let opened = blocking("open a layer", move || {
+            // A resize may have been cut off after the record said so.
+            dir.grow_at_rest(id, size_bytes, epoch)?;
+            dir.open(id, base, epoch, true)
+        })
+        .await;
         let layer = opened.with_context(|| format!("open volume {}", record.name))?;
         self.keep(record.disk_id, Arc::clone(&layer));
         Ok(layer)
@@ -360,11 +367,12 @@ impl Volumes {
         let reports = reports.with_context(|| format!("check volume {}", record.name))?;
         let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));
         let notes = reports.iter().flat_map(|report| report.notes.iter().cloned());
-        let recorded = snapshot::compare(record, &reports);
+        let mut recorded = snapshot::compare(record, &reports);
+        let size_note = self.compare_size(&record.name, &reports, &mut recorded).await?;
         Ok(VolumeCheck {
             name: record.name.clone(),
             records: reports.iter().map(|report| report.records).sum(),
-            notes: depends_on.chain(notes).collect(),
+            notes: depends_on.chain(notes).chain(size_note).collect(),
             problems: reports
                 .iter()
                 .flat_map(|report| report.problems.iter().cloned())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Path, State};
 use whimbrel_wire::api::{
     Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeRelink,
-    VolumeSnapshot,
+    VolumeResize, VolumeSnapshot,
 };
 use whimbrel_wire::{Name, SnapshotRef};
 
@@ -43,6 +43,14 @@ pub async fn snapshot(
     JsonBody(request): JsonBody<Option<VolumeSnapshot>>,
 ) -> Answer<Volume> {
     answer(agent.node()?.volume_snapshot(&name, request.unwrap_or_default()).await?)
+}
+
+pub async fn resize(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<Name>,
+    JsonBody(request): JsonBody<VolumeResize>,
+) -> Answer<Volume> {
+    answer(agent.node()?.volume_resize(&name, &request).await?)
 }
 
 pub async fn snapshot_remove(

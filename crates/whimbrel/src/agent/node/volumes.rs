@@ -8,7 +8,7 @@ use whimbrel_host::volume::export_as;
 use whimbrel_host::{Error, ErrorKind, Result};
 use whimbrel_wire::api::{
     Export, TaskKind, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
-    VolumeRelink, VolumeSnapshot,
+    VolumeRelink, VolumeResize, VolumeSnapshot,
 };
 use whimbrel_wire::meta::{VolumeRecord, key};
 use whimbrel_wire::{Name, SnapshotRef};
@@ -46,6 +46,12 @@ impl Node {
     pub async fn volume_snapshot(&self, name: &Name, request: VolumeSnapshot) -> Result<Volume> {
         self.refuse_elsewhere(&self.volume_record(name).await?)?;
         Ok(self.describe_volume(self.vms.snapshot_volume(name, &request).await?))
+    }
+
+    /// Makes a volume of this host larger.
+    pub async fn volume_resize(&self, name: &Name, request: &VolumeResize) -> Result<Volume> {
+        self.refuse_elsewhere(&self.volume_record(name).await?)?;
+        Ok(self.describe_volume(self.vms.resize_volume(name, request).await?))
     }
 
     /// Removes a snapshot of a volume of this host.
