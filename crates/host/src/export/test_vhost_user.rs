@@ -207,13 +207,13 @@ fn a_front_end_that_sends_rubbish_is_let_go() {
     for rubbish in
         [&[0xff_u8; 64][..], &[4, 0, 0, 0, 1, 0, 0, 0, 0xff, 0xff, 0, 0], &[5, 0, 0, 0, 1, 0, 0, 0]]
     {
-        let mut stream = std::os::unix::net::UnixStream::connect(&bench.path).unwrap();
+        let mut stream = UnixStream::connect(&bench.path).unwrap();
         std::io::Write::write_all(&mut stream, rubbish).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut rest = Vec::new();
         // Closed, by an end or a reset: not left waiting.
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let ended = std::io::Read::read_to_end(&mut stream, &mut rest);
+        let ended = stream.read_to_end(&mut rest);
         assert!(!matches!(ended, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock));
     }
     let mut guest = Guest::new();

@@ -63,7 +63,9 @@ impl Volumes {
             change = change.require(&vm);
         }
         if self.opened(old.value.disk_id).is_some_and(|layer| !layer.is_writable()) {
-            return Err(refuse("its layer takes no writes since an error of this host's disk"));
+            return Err(refuse(
+                "its layer takes no writes: a move is not over, or this host's disk had an error",
+            ));
         }
         let size_bytes = old.value.size_bytes;
         let next = resize::grow_to(size_bytes, asked_bytes).map_err(Error::from).with_context(action)?;

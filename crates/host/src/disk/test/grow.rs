@@ -152,7 +152,7 @@ fn a_child_larger_than_its_parent_reads_zeros_behind_it() {
 }
 
 #[test]
-fn a_header_that_cannot_be_written_leaves_the_size_or_ends_writing() {
+fn a_full_disk_is_not_in_the_way_and_a_header_that_may_not_be_durable_ends_writing() {
     let dir = temp_dir();
     let path = dir.path().join("layer");
     Layer::create(&path, &spec(SIZE)).unwrap();
@@ -161,19 +161,19 @@ fn a_header_that_cannot_be_written_leaves_the_size_or_ends_writing() {
     let files = Dir::recorded(&path, Arc::clone(&recorder));
     let layer = Layer::open_in(&files, None, Epoch(1), true, |_| Ok(())).unwrap();
     recorder.space.store(100, Ordering::Relaxed);
-    assert_eq!(layer.grow(GROWN).unwrap_err().kind(), ErrorKind::NoSpace);
-    assert_eq!(layer.size_bytes(), SIZE);
+    layer.grow(GROWN).unwrap();
+    assert_eq!(write(&*layer, 0, &[1; 4096]).unwrap_err().kind(), ErrorKind::NoSpace);
     recorder.space.store(u64::MAX, Ordering::Relaxed);
     write(&*layer, 0, &[1; 4096]).unwrap();
     recorder.sync_fails.store(true, Ordering::Relaxed);
-    assert_eq!(layer.grow(GROWN).unwrap_err().kind(), ErrorKind::Io);
+    assert_eq!(layer.grow(2 * GROWN).unwrap_err().kind(), ErrorKind::Io);
     recorder.sync_fails.store(false, Ordering::Relaxed);
     // Which of the two a later reader finds, nobody knows.
     assert_eq!(write(&*layer, 0, &[1; 4096]).unwrap_err().kind(), ErrorKind::Io);
-    assert!(layer.grow(GROWN).is_err());
-    assert_eq!(layer.size_bytes(), SIZE);
+    assert!(layer.grow(2 * GROWN).is_err());
+    assert_eq!(layer.size_bytes(), GROWN);
     drop(layer);
     let layer = Layer::open(&path, None, Epoch(1), true).unwrap();
-    layer.grow(2 * GROWN).unwrap();
-    assert_eq!(read_all(&*layer).len() as u64, 2 * GROWN);
+    layer.grow(3 * GROWN).unwrap();
+    assert_eq!(read_all(&*layer).len() as u64, 3 * GROWN);
 }

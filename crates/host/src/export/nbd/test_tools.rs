@@ -242,9 +242,9 @@ assert bytes(h.pread(4096, new - 4096)) == b'z' * 4096
     let ready = bench.socket().with_extension("ready");
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            let end = std::time::Instant::now() + Duration::from_secs(20);
             while !ready.exists() && std::time::Instant::now() < end {
-                std::thread::sleep(std::time::Duration::from_millis(5));
+                std::thread::sleep(Duration::from_millis(5));
             }
             bench.device.grow(2 * SIZE);
             bench.server.slot().grow(2 * SIZE as u64);
