@@ -1,11 +1,12 @@
-//! Reads of a disk whose content is known from the place alone: what a guest waits for while its disk's blocks are far
-//! away. The 8 bytes at offset `o` are [`word`]`(o)`, little-endian (`xtask/src/e2e/cold_block.rs` makes such a disk).
+//! Disks of which the content is known from the place alone, read and written on command: what a guest waits for while
+//! its disk's blocks are far away, and what lies where a disk became larger. The 8 bytes at offset `o` are
+//! [`word`]`(o)`, little-endian (`xtask/src/e2e/cold_block.rs` makes such a disk).
 //!
-//! Each read has a thread of its own, so that one that waits holds up nothing else. What it brings is compared; anything
+//! Each command has a thread of its own, so that one that waits holds up nothing else. What it brings is compared; anything
 //! else, an error included, is an error of the disk.
 
-use std::fs::OpenOptions;
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,29 +16,54 @@ use std::thread;
 use crate::disk::{Aligned, RECORD};
 use crate::report::Counters;
 
-/// Begins to read 4 KiB at `offset`.
-pub fn begin(path: &str, offset: u64, counters: &Arc<Counters>) {
+/// What is done with 4 KiB of a disk.
+#[derive(Clone, Copy, Debug)]
+pub enum Work {
+    /// They are read, and are what they are known to be.
+    Read,
+    /// They are read, and are zeros.
+    Blank,
+    /// What they are known to be is written, and flushed.
+    Fill,
+}
+
+/// Begins to do it at `offset`.
+pub fn begin(work: Work, path: &str, offset: u64, counters: &Arc<Counters>) {
     let (path, counters) = (PathBuf::from(path), Arc::clone(counters));
-    thread::spawn(move || match read(&path, offset) {
+    thread::spawn(move || match carry_out(work, &path, offset) {
         Ok(()) => {
             counters.cold_reads.fetch_add(1, Relaxed);
         }
-        Err(e) => counters.disk_error(&format!("read {} at {offset}: {e}", path.display())),
+        Err(e) => counters.disk_error(&format!("{work:?} {} at {offset}: {e}", path.display())),
     });
 }
 
-fn read(path: &Path, offset: u64) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
+fn carry_out(work: Work, path: &Path, offset: u64) -> io::Result<()> {
+    let writes = matches!(work, Work::Fill);
+    let file = OpenOptions::new().read(true).write(writes).custom_flags(libc::O_DIRECT).open(path)?;
     let mut buffer = Aligned::new();
     let page = buffer.page();
+    debug_assert_eq!(page.len(), RECORD);
+    if writes {
+        for (at, bytes) in (offset..).step_by(8).zip(page.chunks_exact_mut(8)) {
+            bytes.copy_from_slice(&word(at).to_le_bytes());
+        }
+        file.write_all_at(page, offset)?;
+        return file.sync_data();
+    }
     file.read_exact_at(page, offset)?;
     for (at, bytes) in (offset..).step_by(8).zip(page.chunks_exact(8)) {
-        if bytes != word(at).to_le_bytes() {
+        let known = if matches!(work, Work::Blank) { 0 } else { word(at) };
+        if bytes != known.to_le_bytes() {
             return Err(io::Error::other(format!("wrong content at {at}")));
         }
     }
-    debug_assert_eq!(page.len(), RECORD);
     Ok(())
+}
+
+/// Size of a disk as the kernel has it now, bytes; 0 if it cannot be had.
+pub fn size_bytes(path: &Path) -> u64 {
+    File::open(path).and_then(|mut disk| disk.seek(SeekFrom::End(0))).unwrap_or(0)
 }
 
 /// What stands at a place: the finaliser of splitmix64.

@@ -4,7 +4,7 @@
 //! ```text
 //!            ┌── memory.rs  arena of versioned pages, written and re-read
 //!   main ────┼── disk.rs    numbered records, fsynced and read back past the page cache
-//!            ├── cold.rs    reads of known content, on command
+//!            ├── cold.rs    known content read and written, sizes of disks, on command
 //!            ├── beat.rs    a number every millisecond  ──▶ port whimbrel.beat
 //!            ├── net.rs     TCP echo and stream
 //!            └── report.rs  JSON lines ──▶ port whimbrel.status (commands come back on it), and the console

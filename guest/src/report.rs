@@ -1,12 +1,14 @@
 //! Counters, their report as JSON lines five times a second, and the commands that come back.
 //!
 //! ```text
-//!   in : stop-writing | start-writing | rate MIB_S | verify-all | corrupt page|sector|version | read DISK OFFSET
+//!   in : stop-writing | start-writing | rate MIB_S | verify-all | corrupt page|sector|version
+//!        read|blank|fill DISK OFFSET | watch DISK
 //!   out: {"uptime_ms":…,"beats":…,"pages_written":…,…,"errors":0,"last_error":null}
 //!        {"reply":"verify-all","errors":0}
 //! ```
 
 use std::io::{ErrorKind, Read as _, Write as _};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -64,8 +66,10 @@ pub struct Counters {
     pub disk_acked: AtomicU64,
     /// Records read back and compared.
     pub records_verified: AtomicU64,
-    /// Reads of known content that ended and were right.
+    /// Reads and writes of known content that ended and were right.
     pub cold_reads: AtomicU64,
+    /// The disk whose size is reported.
+    watched: Mutex<Option<PathBuf>>,
     /// Records found wrong, and I/O errors.
     pub disk_errors: AtomicU64,
     last_error: Mutex<Option<String>>,
@@ -100,10 +104,12 @@ impl Counters {
         let last = last.map_or_else(|| "null".to_owned(), |l| format!("\"{l}\""));
         let ready = self.ready.load(Relaxed) == workers as u64;
         let get = |c: &AtomicU64| c.load(Relaxed);
+        let watched = self.watched.lock().ok().and_then(|path| path.clone());
+        let watched_bytes = watched.map_or(0, |path| cold::size_bytes(&path));
         format!(
             "{{\"uptime_ms\":{},\"ready\":{ready},\"beats\":{},\"pages_written\":{},\"pages_verified\":{},\
              \"mem_errors\":{},\"disk_recovered\":{},\"disk_acked\":{},\"records_verified\":{},\
-             \"cold_reads\":{},\"disk_errors\":{},\"errors\":{},\"last_error\":{last}}}\n",
+             \"cold_reads\":{},\"watched_bytes\":{watched_bytes},\"disk_errors\":{},\"errors\":{},\"last_error\":{last}}}\n",
             started.elapsed().as_millis(),
             get(&self.beats),
             get(&self.pages_written),
@@ -201,10 +207,22 @@ fn obey(command: &str, counters: &Arc<Counters>, workers: &[Sender<Order>]) -> S
         (Some("corrupt"), Some("page")) => all(&|| Order::Corrupt(Corrupt::Page)),
         (Some("corrupt"), Some("sector")) => all(&|| Order::Corrupt(Corrupt::Sector)),
         (Some("corrupt"), Some("version")) => all(&|| Order::Corrupt(Corrupt::Version)),
-        (Some("read"), Some(disk)) => match words.next().map(str::parse) {
-            Some(Ok(offset)) => cold::begin(disk, offset, counters),
+        (Some(verb @ ("read" | "blank" | "fill")), Some(disk)) => match words.next().map(str::parse) {
+            Some(Ok(offset)) => {
+                let work = match verb {
+                    "fill" => cold::Work::Fill,
+                    "blank" => cold::Work::Blank,
+                    _ => cold::Work::Read,
+                };
+                cold::begin(work, disk, offset, counters);
+            }
             _ => return format!("{{\"reply\":\"no offset\",\"errors\":{}}}\n", counters.errors()),
         },
+        (Some("watch"), Some(disk)) => {
+            if let Ok(mut watched) = counters.watched.lock() {
+                *watched = Some(PathBuf::from(disk));
+            }
+        }
         (Some("verify-all"), None) => {
             let (tx, rx) = channel();
             all(&|| Order::VerifyAll(tx.clone()));

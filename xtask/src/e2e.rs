@@ -20,6 +20,7 @@ mod memory;
 mod nbd;
 mod no_space;
 mod on_demand;
+mod resize;
 mod scenario;
 mod snapshots;
 mod swarm;

@@ -5,4 +5,5 @@ pub mod identity;
 pub mod merge;
 pub mod pressure;
 pub mod reclaim;
+pub mod resize;
 pub mod vhdx;

@@ -28,6 +28,7 @@ mod chain;
 mod check;
 mod checkpoint;
 mod files;
+mod grow;
 mod header_file;
 mod layer;
 mod merge;

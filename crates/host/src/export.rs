@@ -24,6 +24,7 @@
 //! Not here: what a volume is (`disk`), who may write it (the volume's right, `migrate`).
 
 mod blk;
+mod config_change;
 mod dirty;
 mod event;
 mod frontend;
@@ -44,6 +45,7 @@ mod server;
 mod slot;
 mod socket;
 
+pub use config_change::SizeNotice;
 pub use dirty::WriteTracker;
 pub use server::{ExportCounters, FrontEndState, VhostUserOptions, VhostUserServer};
 pub use slot::{DeviceSlot, SlotState};

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
-use whimbrel_wire::api::{VmRun, VolumeSnapshot};
+use whimbrel_wire::api::{VmRun, VolumeResize, VolumeSnapshot};
 use whimbrel_wire::meta::{IoLimits, VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{Epoch, HostId, Name, Object, Right, VmId};
 
@@ -456,6 +456,33 @@ impl Vms {
             slot.limit(limits);
         }
         Ok(next)
+    }
+
+    /// Makes a volume of this host larger, whether or not a VM uses it; gives the volume's new record. A guest that runs
+    /// hears of it.
+    pub async fn resize_volume(&self, name: &Name, request: &VolumeResize) -> Result<VolumeRecord> {
+        let volumes = self.volumes();
+        let what = format!("volume {name}");
+        let record = records::must::<VolumeRecord>(volumes.meta(), &key::volume(name), &what).await?.value;
+        let Some(user) = record.attached_to.filter(|_| record.right.holder == self.shared.host) else {
+            let with = SnapshotWith { slot: volumes.export_slot(name), agent: None };
+            let resized = volumes.resize(name, request.size_bytes, &with).await?;
+            volumes.tell_size(name, volumes.export_notice(name)).await;
+            return Ok(resized);
+        };
+        let vm = self.must_be_here(&user).await.with_context(|| format!("resize {what}"))?;
+        let _busy = vm.busy(&format!("resize {what}"))?;
+        let disk = vm.disks.iter().find(|disk| disk.volume == *name).ok_or_else(|| {
+            Error::new(ErrorKind::Internal, format!("resize {what}: vm {user} has no such disk"))
+        })?;
+        let with = SnapshotWith { slot: Some(disk.slot.clone()), agent: None };
+        let resized = volumes.resize(name, request.size_bytes, &with).await;
+        if let Ok(record) = &resized {
+            // A snapshot that was not carried through may have been, first.
+            disk.set_disk_id(record.disk_id);
+            volumes.tell_size(name, disk.size_notice()).await;
+        }
+        resized
     }
 
     /// Looks at a VM of this host: which mode it may be moved in, and why not the other.

@@ -12,6 +12,7 @@
 
 mod files;
 mod on_demand;
+mod resize;
 mod snapshot;
 mod space;
 #[cfg(test)]
@@ -33,7 +34,7 @@ use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeS
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::fuse::{FileDir, FileExport, FileOptions};
 use crate::export::nbd::{NbdOptions, NbdPlace, NbdServer};
-use crate::export::{DeviceSlot, VhostUserOptions, VhostUserServer};
+use crate::export::{DeviceSlot, SizeNotice, VhostUserOptions, VhostUserServer};
 use crate::link::{ExportTls, Links};
 use crate::meta::MetaStore;
 use crate::records::{self, Change};
@@ -86,6 +87,14 @@ impl Server {
         match self {
             Self::Disk { server, .. } => server.slot(),
             Self::File(file) => file.slot(),
+        }
+    }
+
+    /// A file needs none: whoever looks is told.
+    fn size_notice(&self) -> Option<SizeNotice> {
+        match self {
+            Self::Disk { server, .. } => server.size_notice(),
+            Self::File(_) => None,
         }
     }
 
@@ -271,7 +280,13 @@ impl Volumes {
             return self.open_pull(record, base, record.right.epoch, source).await;
         }
         let (dir, id, epoch) = (shared.dir.clone(), record.disk_id, record.right.epoch);
-        let opened = blocking("open a layer", move || dir.open(id, base, epoch, true)).await;
+        let size_bytes = record.size_bytes;
+        let opened = blocking("open a layer", move || {
+            // A resize may have been cut off after the record said so.
+            dir.grow_at_rest(id, size_bytes, epoch)?;
+            dir.open(id, base, epoch, true)
+        })
+        .await;
         let layer = opened.with_context(|| format!("open volume {}", record.name))?;
         self.keep(record.disk_id, Arc::clone(&layer));
         Ok(layer)
@@ -405,11 +420,12 @@ impl Volumes {
         let reports = reports.with_context(|| format!("check volume {}", record.name))?;
         let depends_on = record.depends_on.iter().map(|host| format!("depends on host {host}"));
         let notes = reports.iter().flat_map(|report| report.notes.iter().cloned());
-        let recorded = snapshot::compare(record, &reports);
+        let mut recorded = snapshot::compare(record, &reports);
+        let size_note = self.compare_size(&record.name, &reports, &mut recorded).await?;
         Ok(VolumeCheck {
             name: record.name.clone(),
             records: reports.iter().map(|report| report.records).sum(),
-            notes: depends_on.chain(notes).collect(),
+            notes: depends_on.chain(notes).chain(size_note).collect(),
             problems: reports
                 .iter()
                 .flat_map(|report| report.problems.iter().cloned())

@@ -330,6 +330,13 @@ pub struct VolumeSnapshot {
     pub no_quiesce: bool,
 }
 
+/// Make a volume larger, while it is in use.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeResize {
+    /// Size of the disk from then on; rounded up to 512 bytes, not smaller than it is.
+    pub size_bytes: u64,
+}
+
 /// Say that a layer's parent is what it is now.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct VolumeRelink {

@@ -386,6 +386,7 @@ fuzz! {
         json::<api::ImageCheck>(bytes);
         json::<api::VolumeCreate>(bytes);
         json::<api::VolumeAttach>(bytes);
+        json::<api::VolumeResize>(bytes);
         json::<api::VolumeImport>(bytes);
         json::<api::Export>(bytes);
         json::<api::HostJoin>(bytes);

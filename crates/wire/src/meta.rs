@@ -191,7 +191,7 @@ pub struct VolumeRecord {
     pub disk_id: DiskId,
     /// What a reader sees, as of the last detach or move; the layer's header is the truth while attached.
     pub data_id: DataId,
-    /// Size of the disk, bytes.
+    /// Size of the disk, bytes: what it is to have. The layer follows, at the latest when it is opened.
     pub size_bytes: u64,
     /// The image under the layer, if any.
     #[serde(default)]

@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, memory, nbd, no_space,
-    on_demand, snapshots, swarm,
+    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, memory, nbd,
+    no_space, on_demand, resize, snapshots, swarm,
 };
 use crate::cmd::output;
 use crate::flight::Flight;
@@ -26,7 +26,7 @@ pub const ANY_VERSION: [&str; 6] = [
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 26] = [
+pub const ALL: [Scenario; 27] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
@@ -36,6 +36,7 @@ pub const ALL: [Scenario; 26] = [
     ("a disk follows its VM, whichever agent is killed meanwhile", on_demand::a_disk_follows_its_vm),
     ("a guest moves while it waits for a block", cold_block::a_guest_moves_while_it_waits_for_a_block),
     ("snapshots are made, moved, cloned and removed under a guest", snapshots::snapshots_under_a_guest),
+    ("volumes become larger under a guest, on its way and at rest", resize::volumes_become_larger),
     ("adopt: a QEMU started by hand moves in mode A", adopt::adopted_in_mode_a),
     ("adopt: a QEMU with private memory moves in mode B, then in mode A", adopt::adopted_in_mode_b),
     ("adopt: a volume of ours stays on its device", adopt::adopted_with_a_volume),

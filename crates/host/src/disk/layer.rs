@@ -3,7 +3,7 @@
 //! ```text
 //!   create ─► open(read-only) ─────────────────────────► ReadOnly
 //!        └──► open(writable) ─► Clean ─ first write ──► Open ─ fence(epoch) ─► Fenced
-//!                                        (new data_id)   │ └── close() ──────► Closed
+//!                                or growth (new data_id)   │ └── close() ──────► Closed
 //!                                                        └ fdatasync failed ─► Broken
 //! ```
 //!
@@ -43,7 +43,7 @@ const EXTENT_PIECES: u32 = 1024;
 const READ_TRIES: u32 = 3;
 
 const CLEAN: u8 = 0;
-const OPEN: u8 = 1;
+pub(super) const OPEN: u8 = 1;
 const FENCED: u8 = 2;
 const BROKEN: u8 = 3;
 const READ_ONLY: u8 = 4;
@@ -62,7 +62,8 @@ pub struct Layer {
     pub(super) weak: Weak<Self>,
     pub(super) dir: Dir,
     pub(super) ident: Ident,
-    size_bytes: u64,
+    /// Rises only, after the header and the map have (`grow`).
+    pub(super) size_bytes: AtomicU64,
     base: RwLock<Option<Arc<dyn BlockRead>>>,
     gate: AtomicU8,
     pub(super) view: RwLock<View>,
@@ -188,7 +189,7 @@ impl Layer {
             weak: weak.clone(),
             dir: dir.clone(),
             ident,
-            size_bytes,
+            size_bytes: AtomicU64::new(size_bytes),
             base: RwLock::new(base),
             gate: AtomicU8::new(gate),
             view: RwLock::new(View { map: found.map, segments: found.segments }),
@@ -349,37 +350,52 @@ impl Layer {
             return Ok(());
         }
         let mut header = self.header.lock();
+        match self.gate.load(Ordering::Acquire) {
+            OPEN => Ok(()),
+            _ => self.change_seen(&mut header, |_| ()),
+        }
+    }
+
+    /// Changes the header in a way that readers may see, durably: the `data_id` with it, unless this session has
+    /// changed it already.
+    pub(super) fn change_seen(&self, file: &mut HeaderFile, change: impl FnOnce(&mut Header)) -> Result<()> {
         let mut session = match self.gate.load(Ordering::Acquire) {
             CLEAN => identity::Session::Clean,
-            OPEN => return Ok(()),
+            OPEN => identity::Session::Changed,
             gate => return Err(self.refused(gate)),
         };
-        if let identity::Before::Replace(id) = session.before_visible_write(DataId(Uuid::new_v4())) {
-            match header.update(|header| header.data_id = id) {
-                Ok(()) => session.id_is_durable(),
-                Err(UpdateError::Unchanged(error)) => return Err(error),
-                Err(UpdateError::Unknown(error)) => {
-                    self.gate.store(BROKEN, Ordering::Release);
-                    return Err(error);
-                }
+        let before = session.before_visible_write(DataId(Uuid::new_v4()));
+        let updated = file.update(|header| {
+            change(header);
+            if let identity::Before::Replace(id) = before {
+                header.data_id = id;
+            }
+        });
+        match updated {
+            Ok(()) => session.id_is_durable(),
+            Err(UpdateError::Unchanged(error)) => return Err(error),
+            Err(UpdateError::Unknown(error)) => {
+                self.gate.store(BROKEN, Ordering::Release);
+                return Err(error);
             }
         }
         match self.gate.compare_exchange(CLEAN, OPEN, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok(()),
+            Ok(_) | Err(OPEN) => Ok(()),
             Err(gate) => Err(self.refused(gate)),
         }
     }
 
     fn check_range(&self, what: &str, offset: u64, length: u64) -> Result<()> {
-        let inside = offset.checked_add(length).is_some_and(|end| end <= self.size_bytes);
+        let size_bytes = self.size_bytes();
+        let inside = offset.checked_add(length).is_some_and(|end| end <= size_bytes);
         if inside && offset.is_multiple_of(512) && length.is_multiple_of(512) {
             return Ok(());
         }
         Err(Error::new(
             ErrorKind::InvalidInput,
             format!(
-                "{what} layer {}: {length} bytes at {offset} of a disk of {} bytes (in units of 512)",
-                self.ident.disk_id, self.size_bytes
+                "{what} layer {}: {length} bytes at {offset} of a disk of {size_bytes} bytes (in units of 512)",
+                self.ident.disk_id
             ),
         ))
     }
@@ -526,7 +542,7 @@ impl Layer {
         let end = offset + length;
         let first_whole = offset.next_multiple_of(BLOCK_BYTES);
         // The last block of the disk may be short; what lies behind the end is nobody's.
-        let last_whole = if end == self.size_bytes { end.next_multiple_of(BLOCK_BYTES) } else { end };
+        let last_whole = if end == self.size_bytes() { end.next_multiple_of(BLOCK_BYTES) } else { end };
         let last_whole = last_whole / BLOCK_BYTES * BLOCK_BYTES;
         let edge = |from: u64, to: u64| -> Result<()> {
             let zeros = [IoSlice::new(ZEROS.get(..(to - from) as usize).unwrap_or_default())];
@@ -664,7 +680,7 @@ impl Layer {
 
 impl BlockRead for Layer {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
     }
 
     fn read(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> Result<()> {
@@ -681,7 +697,8 @@ impl BlockRead for Layer {
 
     fn extent(&self, offset: u64) -> Result<Extent> {
         self.check_range("map", offset, 0)?;
-        let blocks_end = self.size_bytes.div_ceil(BLOCK_BYTES);
+        let size_bytes = self.size_bytes();
+        let blocks_end = size_bytes.div_ceil(BLOCK_BYTES);
         let first = offset / BLOCK_BYTES;
         let view = self.view.read();
         let (mut block, mut kind) = (first, None);
@@ -696,7 +713,7 @@ impl BlockRead for Layer {
             }
         }
         drop(view);
-        let here = (block * BLOCK_BYTES).min(self.size_bytes) - offset;
+        let here = (block * BLOCK_BYTES).min(size_bytes) - offset;
         match (kind.flatten(), self.base.read().clone()) {
             (Some(data), _) => Ok(Extent { length: here, data }),
             (None, Some(base)) if offset < base.size_bytes() => {

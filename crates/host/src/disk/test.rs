@@ -5,6 +5,7 @@ mod crash;
 mod faults;
 mod figures;
 mod fuzz;
+mod grow;
 mod kill;
 mod model;
 mod reclaim;

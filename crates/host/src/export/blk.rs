@@ -39,7 +39,6 @@ pub(super) const S_UNSUPP: u8 = 2;
 /// What the guest is told about the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Identity {
-    pub(super) size_bytes: u64,
     pub(super) read_only: bool,
     pub(super) queues: u16,
     /// Answer to "get id": at most 20 bytes.
@@ -59,15 +58,15 @@ impl Identity {
         bits | if self.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
     }
 
-    /// The configuration space (`struct virtio_blk_config`, up to its write-zeroes fields).
-    pub(super) fn config(&self) -> [u8; 60] {
+    /// The configuration space (`struct virtio_blk_config`, up to its write-zeroes fields) of a disk of that size.
+    pub(super) fn config(&self, size_bytes: u64) -> [u8; 60] {
         let mut space = [0; 60];
         let mut put = |at: usize, bytes: &[u8]| {
             if let Some(field) = space.get_mut(at..at + bytes.len()) {
                 field.copy_from_slice(bytes);
             }
         };
-        put(0, &(self.size_bytes / SECTOR).to_le_bytes());
+        put(0, &(size_bytes / SECTOR).to_le_bytes());
         put(12, &254_u32.to_le_bytes()); // seg_max: with header and status, the usual ring of 256
         put(20, &512_u32.to_le_bytes()); // blk_size
         put(24, &[3, 0]); // 2^3 sectors to a physical block, aligned
@@ -82,13 +81,13 @@ impl Identity {
         put(56, &[1]); // write_zeroes_may_unmap
         space
     }
+}
 
-    /// Whether `len` bytes from `offset` on lie on the disk, in whole sectors.
-    pub(super) fn holds(&self, offset: u64, len: u64) -> bool {
-        len.is_multiple_of(SECTOR)
-            && len <= MAX_REQUEST_BYTES
-            && offset.checked_add(len).is_some_and(|end| end <= self.size_bytes)
-    }
+/// Whether `len` bytes from `offset` on lie on a disk of `size_bytes`, in whole sectors.
+pub(super) fn holds(size_bytes: u64, offset: u64, len: u64) -> bool {
+    len.is_multiple_of(SECTOR)
+        && len <= MAX_REQUEST_BYTES
+        && offset.checked_add(len).is_some_and(|end| end <= size_bytes)
 }
 
 /// What a request asks for.
@@ -128,7 +127,7 @@ pub(super) fn ask(readable: &[Seg]) -> Option<Ask> {
 }
 
 /// The byte ranges of a discard or write-zeroes request; the status to answer with if they are wrong.
-pub(super) fn ranges(identity: &Identity, readable: &[Seg], discard: bool) -> Result<Vec<Range<u64>>, u8> {
+pub(super) fn ranges(size_bytes: u64, readable: &[Seg], discard: bool) -> Result<Vec<Range<u64>>, u8> {
     let total: usize = readable.iter().map(|seg| seg.len).sum();
     let bytes = total.saturating_sub(HEADER_BYTES);
     if bytes == 0 || !bytes.is_multiple_of(16) || bytes / 16 > MAX_RANGES as usize {
@@ -148,7 +147,7 @@ pub(super) fn ranges(identity: &Identity, readable: &[Seg], discard: bool) -> Re
         }
         let start = sector.checked_mul(SECTOR).ok_or(S_IOERR)?;
         let end = start.checked_add(u64::from(sectors) * SECTOR).ok_or(S_IOERR)?;
-        if sectors > MAX_RANGE_SECTORS || end > identity.size_bytes {
+        if sectors > MAX_RANGE_SECTORS || end > size_bytes {
             return Err(S_IOERR);
         }
         ranges.push(start..end);
@@ -165,7 +164,7 @@ mod test {
     }
 
     fn identity() -> Identity {
-        Identity { size_bytes: 1 << 20, read_only: false, queues: 4, serial: String::new() }
+        Identity { read_only: false, queues: 4, serial: String::new() }
     }
 
     #[test]
@@ -173,7 +172,7 @@ mod test {
         let identity = identity();
         assert_ne!(identity.features() & F_FLUSH, 0);
         assert_eq!(identity.features() & 1 << 11, 0, "CONFIG_WCE would not survive a restart");
-        let config = identity.config();
+        let config = identity.config(1 << 20);
         assert_eq!(config[32], 1);
         assert_eq!(&config[..8], &2048_u64.to_le_bytes());
         assert_eq!(&config[34..36], &4_u16.to_le_bytes());
@@ -199,7 +198,7 @@ mod test {
             bytes.extend(flags.to_le_bytes());
             bytes
         };
-        let parse = |mut bytes: Vec<u8>, discard| ranges(&identity(), &[seg(&mut bytes)], discard);
+        let parse = |mut bytes: Vec<u8>, discard| ranges(1 << 20, &[seg(&mut bytes)], discard);
         assert_eq!(parse(range(8, 8, 0), true), Ok(vec![Range { start: 4096, end: 8192 }]));
         assert_eq!(parse(range(8, 8, 1), false), Ok(vec![Range { start: 4096, end: 8192 }]));
         assert_eq!(parse(range(8, 8, 1), true), Err(S_UNSUPP));
@@ -212,10 +211,10 @@ mod test {
 
     #[test]
     fn what_does_not_lie_on_the_disk_in_whole_sectors_is_refused() {
-        let identity = identity();
-        assert!(identity.holds((1 << 20) - 512, 512));
-        assert!(!identity.holds((1 << 20) - 512, 1024));
-        assert!(!identity.holds(0, 100));
-        assert!(!identity.holds(u64::MAX - 100, 512));
+        let holds = |offset, len| holds(1 << 20, offset, len);
+        assert!(holds((1 << 20) - 512, 512));
+        assert!(!holds((1 << 20) - 512, 1024));
+        assert!(!holds(0, 100));
+        assert!(!holds(u64::MAX - 100, 512));
     }
 }

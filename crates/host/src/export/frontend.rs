@@ -29,6 +29,7 @@ use vhost::vhost_user::{
 use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::blk;
+use super::config_change::Notifier;
 use super::dirty::{Dirty, Log, WriteTracker};
 use super::greeting;
 use super::guest_ram::{GuestRam, MAX_REGIONS, RegionAddr};
@@ -69,6 +70,7 @@ pub(super) struct Frontend {
     inflight: Option<InflightFile>,
     log: Option<Arc<Log>>,
     tracker: Option<WriteTracker>,
+    notifier: Arc<Notifier>,
     rings: Vec<Vring>,
 }
 
@@ -98,8 +100,14 @@ impl Frontend {
             inflight: None,
             log: None,
             tracker: None,
+            notifier: Arc::default(),
             rings: std::iter::repeat_with(Vring::default).take(queues).collect(),
         }
+    }
+
+    /// What it knows of the disk's size.
+    pub(super) fn notifier(&self) -> &Arc<Notifier> {
+        &self.notifier
     }
 
     fn offered(&self) -> u64 {
@@ -183,6 +191,7 @@ impl Frontend {
         };
         ring.running = Some(RunningQueue::start(device, queue_index, setup).map_err(failed)?);
         ring.unfinished.clear();
+        self.notifier.tell(self.device.slot.size_bytes());
         Ok(())
     }
 
@@ -425,11 +434,15 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> VhostResult<Vec<u8>> {
         // QEMU asks for the whole structure it knows, fields of features that we do not have included: zeros.
-        let mut space = self.device.identity.config().to_vec();
+        let size_bytes = self.device.slot.size_bytes();
+        let mut space = self.device.identity.config(size_bytes).to_vec();
         let start = usize::try_from(offset).map_err(|_| VhostError::InvalidParam)?;
         let end =
             start.checked_add(size as usize).filter(|end| *end <= 4096).ok_or(VhostError::InvalidParam)?;
         space.resize(space.len().max(end), 0);
+        if start == 0 && end >= 8 {
+            self.notifier.told(size_bytes);
+        }
         Ok(space.get(start..end).unwrap_or_default().to_vec())
     }
 

@@ -40,6 +40,7 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
@@ -49,23 +50,27 @@ const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 12;
+pub(super) const VERSION: u32 = 1;
+pub(super) const HEADER_BYTES: usize = 12;
 
-/// Waits for the first message, which stays to be read: whether it is a greeting. None if the front-end goes away.
-pub(super) fn begins_with_greeting(stream: &UnixStream) -> io::Result<Option<bool>> {
+/// Waits for the next message, which stays to be read: its request. None if the front-end goes away.
+pub(super) fn peek_request(stream: &UnixStream) -> io::Result<Option<u32>> {
     let mut request = [0; 4];
     loop {
         let flags = RecvFlags::PEEK | RecvFlags::WAITALL;
         match recv(stream, &mut request[..], flags) {
             Ok((_, got)) if got < request.len() => return Ok(None),
-            Ok(_) => break,
+            Ok(_) => return Ok(Some(u32::from_ne_bytes(request))),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let request = u32::from_ne_bytes(request);
-    Ok(Some(matches!(request, GET_FEATURES | SET_OWNER | GET_PROTOCOL_FEATURES)))
+}
+
+/// Waits for the first message, which stays to be read: whether it is a greeting. None if the front-end goes away.
+pub(super) fn begins_with_greeting(stream: &UnixStream) -> io::Result<Option<bool>> {
+    let greets = |request| matches!(request, GET_FEATURES | SET_OWNER | GET_PROTOCOL_FEATURES);
+    Ok(peek_request(stream)?.map(greets))
 }
 
 /// A handler for `stream` to which the front-end's part of the greeting has been said.

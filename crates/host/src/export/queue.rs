@@ -541,7 +541,7 @@ impl State {
                 Begun::Answer { status: blk::S_OK, written: id.len() as u64 }
             }
             Some(ask @ (Ask::Discard | Ask::WriteZeroes)) => {
-                match blk::ranges(identity, &self.chain.readable, ask == Ask::Discard) {
+                match blk::ranges(device.size_bytes(), &self.chain.readable, ask == Ask::Discard) {
                     Err(status) => fail(status),
                     Ok(ranges) if ask == Ask::Discard => Begun::HandOn(Op::Discard(ranges)),
                     Ok(ranges) => Begun::HandOn(Op::WriteZeroes(ranges)),
@@ -554,7 +554,7 @@ impl State {
     fn begin_read(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
         self.buffers.set(&self.chain.writable);
         let len = self.buffers.bytes();
-        if !shared.identity.holds(offset, len) {
+        if !blk::holds(device.size_bytes(), offset, len) {
             return Begun::Answer { status: blk::S_IOERR, written: 0 };
         }
         match self.buffers.write_to(&self.ram, |into| device.read_now(offset, into)) {
@@ -571,7 +571,7 @@ impl State {
     fn begin_write(&mut self, shared: &Device, device: &dyn BlockDev, offset: u64) -> Begun {
         let total: u64 = self.chain.readable.iter().map(|seg| seg.len as u64).sum();
         let len = total - blk::HEADER_BYTES as u64;
-        if !shared.identity.holds(offset, len) {
+        if !blk::holds(device.size_bytes(), offset, len) {
             return Begun::Answer { status: blk::S_IOERR, written: 0 };
         }
         // Copied, because a guest may go on writing to a page while that is on its way to the disk (file systems

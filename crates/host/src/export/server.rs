@@ -23,6 +23,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use whimbrel_wire::peer::migrate::QueueIo;
 
 use super::blk::Identity;
+use super::config_change::{Notifier, SizeNotice, channel_in_next};
 use super::dirty::WriteTracker;
 use super::event::Waker;
 use super::frontend::Frontend;
@@ -105,6 +106,7 @@ pub enum FrontEndState {
 /// A connection.
 struct Connection {
     frontend: Arc<Mutex<Frontend>>,
+    notifier: Arc<Notifier>,
     stream: UnixStream,
     since: Instant,
     spoke: bool,
@@ -139,7 +141,6 @@ impl VhostUserServer {
         listener.set_nonblocking(true).with_context(|| format!("listen on {}", path.display()))?;
         let device = Device {
             identity: Identity {
-                size_bytes: slot.size_bytes(),
                 read_only: options.read_only,
                 queues: options.queues,
                 serial: options.serial.clone(),
@@ -187,6 +188,12 @@ impl VhostUserServer {
             Some(connection) if connection.since.elapsed() >= MUTE_AFTER => FrontEndState::Mute,
             Some(_) => FrontEndState::New,
         }
+    }
+
+    /// What is to be told to the front-end after the disk became larger; none if nobody is connected.
+    pub fn size_notice(&self) -> Option<SizeNotice> {
+        let notifier = self.shared.current.lock().as_ref()?.notifier.clone();
+        Some(SizeNotice { notifier, size_bytes: self.slot().size_bytes() })
     }
 
     fn frontend(&self) -> Option<Arc<Mutex<Frontend>>> {
@@ -323,16 +330,18 @@ impl Shared {
     fn converse(&self, stream: UnixStream) -> Result<()> {
         let mut frontend = Frontend::new(self.device.clone(), &self.options);
         frontend.track_writes(self.tracker.lock().clone());
+        let notifier = frontend.notifier().clone();
         let frontend = Arc::new(Mutex::new(frontend));
         let copy = stream.try_clone().context("copy a connection")?;
         *self.current.lock() = Some(Connection {
             frontend: frontend.clone(),
+            notifier: notifier.clone(),
             stream: copy,
             since: Instant::now(),
             spoke: false,
         });
         tracing::debug!(socket = %self.path.display(), "front-end connected");
-        let result = self.handle(stream, &frontend);
+        let result = self.handle(stream, &frontend, &notifier);
         // Rings first: what was taken is still answered, the front-end may only have lost us.
         lock(&frontend).stop_all();
         *self.current.lock() = None;
@@ -341,7 +350,7 @@ impl Shared {
     }
 
     /// Handles messages until the front-end is gone or the service ends.
-    fn handle(&self, stream: UnixStream, frontend: &Arc<Mutex<Frontend>>) -> Result<()> {
+    fn handle(&self, stream: UnixStream, frontend: &Arc<Mutex<Frontend>>, notifier: &Notifier) -> Result<()> {
         // A service that ends shuts the connection down, which ends the wait below; one that ended before the
         // connection was known is seen here.
         if self.stop.load(Ordering::SeqCst) {
@@ -351,6 +360,7 @@ impl Shared {
         if let Some(connection) = &mut *self.current.lock() {
             connection.spoke = true;
         }
+        let ahead = stream.try_clone().context("copy a connection")?;
         let mut handler = if greets {
             BackendReqHandler::from_stream(stream, frontend.clone())
         } else {
@@ -360,6 +370,10 @@ impl Shared {
         loop {
             if self.stop.load(Ordering::SeqCst) {
                 return Ok(());
+            }
+            // What goes wrong here goes wrong below as well, and is told there.
+            if let Ok(Some(channel)) = channel_in_next(&ahead) {
+                notifier.listens(channel);
             }
             match handler.handle_request() {
                 Ok(()) => {}

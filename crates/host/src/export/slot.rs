@@ -12,10 +12,11 @@
 //! volume has returned, which is what lets the target start.
 //!
 //! Invariants
-//! * The size never changes; `activate` refuses a device of another size.
+//! * The size changes by `grow` only; `activate` refuses a device of another size.
 //! * Every write, flush, discard runs inside an [`Entered`]; `fence` waits for all of them.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,7 @@ enum State {
 }
 
 struct Shared {
-    size_bytes: u64,
+    size_bytes: AtomicU64,
     pacer: Pacer,
     state: RwLock<State>,
     // Told about `activate`: threads that sleep on their own eventfd, and those that wait on the condition.
@@ -78,7 +79,7 @@ impl DeviceSlot {
 
     fn with(size_bytes: u64, state: State) -> Self {
         let shared = Shared {
-            size_bytes,
+            size_bytes: AtomicU64::new(size_bytes),
             pacer: Pacer::default(),
             state: RwLock::new(state),
             sleepers: Mutex::new(Vec::new()),
@@ -89,7 +90,12 @@ impl DeviceSlot {
 
     /// Size of the disk, bytes.
     pub fn size_bytes(&self) -> u64 {
-        self.shared.size_bytes
+        self.shared.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// The disk that is served has become larger: clients that ask from now on are told so.
+    pub fn grow(&self, size_bytes: u64) {
+        self.shared.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
     }
 
     /// Limits what clients have of the disk, from now on.
@@ -114,13 +120,13 @@ impl DeviceSlot {
     /// Serves `device` from now on; requests that waited are done first. [`ErrorKind::InvalidInput`] if its
     /// size is not the one that clients were told.
     pub fn activate(&self, device: Arc<dyn BlockDev>) -> Result<()> {
-        if device.size_bytes() != self.shared.size_bytes {
+        if device.size_bytes() != self.size_bytes() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!(
                     "serve a disk of {} bytes where clients were told {} bytes",
                     device.size_bytes(),
-                    self.shared.size_bytes
+                    self.size_bytes()
                 ),
             ));
         }
@@ -281,5 +287,8 @@ mod test {
         let slot = DeviceSlot::standby(1 << 20);
         let error = slot.activate(Arc::new(RamDevice::new(2 << 20))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        slot.grow(2 << 20);
+        slot.grow(1 << 20);
+        slot.activate(Arc::new(RamDevice::new(2 << 20))).unwrap();
     }
 }

@@ -33,6 +33,11 @@ impl RamDevice {
         }
     }
 
+    /// Adds zeros at its end.
+    pub(crate) fn grow(&self, size: usize) {
+        self.bytes.lock().resize(size, 0);
+    }
+
     fn check(&self, offset: u64, len: usize) -> Result<(usize, usize)> {
         let end = offset + len as u64;
         if end > self.size_bytes() || (offset < self.bad.end && self.bad.start < end) {

@@ -1,7 +1,9 @@
 //! The device against a hand-made guest: what is answered, logged, drained, refused.
 
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -206,13 +208,13 @@ fn a_front_end_that_sends_rubbish_is_let_go() {
     for rubbish in
         [&[0xff_u8; 64][..], &[4, 0, 0, 0, 1, 0, 0, 0, 0xff, 0xff, 0, 0], &[5, 0, 0, 0, 1, 0, 0, 0]]
     {
-        let mut stream = std::os::unix::net::UnixStream::connect(&bench.path).unwrap();
+        let mut stream = UnixStream::connect(&bench.path).unwrap();
         std::io::Write::write_all(&mut stream, rubbish).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut rest = Vec::new();
         // Closed, by an end or a reset: not left waiting.
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let ended = std::io::Read::read_to_end(&mut stream, &mut rest);
+        let ended = stream.read_to_end(&mut rest);
         assert!(!matches!(ended, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock));
     }
     let mut guest = Guest::new();
@@ -466,4 +468,84 @@ fn a_full_ring_is_served_whatever_the_order_and_number_of_kicks() {
             }
         }
     }
+}
+
+/// The capacity that the front-end is told when it asks, bytes.
+fn asked_size(guest: &mut Guest) -> u64 {
+    let frontend = guest.frontend.as_mut().unwrap();
+    let (_, config) = frontend.get_config(0, 8, VhostUserConfigFlags::empty(), &[0; 8]).unwrap();
+    u64::from_le_bytes(config.try_into().unwrap()) * 512
+}
+
+/// The front-end's end of its channel: the message that a device's configuration changed, alone.
+fn hears_of_a_change(channel: &mut UnixStream) {
+    let mut message = [0; 12];
+    channel.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    channel.read_exact(&mut message).unwrap();
+    assert_eq!(message, [2u32, 1, 0].map(u32::to_ne_bytes).concat()[..]);
+    channel.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(channel.read(&mut message).is_err(), "one is enough");
+}
+
+#[test]
+fn a_front_end_hears_that_its_disk_became_larger_until_it_looks() {
+    let bench = serve(RamDevice::new(1 << 20));
+    let mut guest = Guest::new();
+    guest.connect(&bench.path);
+    assert_eq!(asked_size(&mut guest), 1 << 20);
+    let (mut channel, theirs) = UnixStream::pair().unwrap();
+    guest.frontend.as_mut().unwrap().set_backend_request_fd(&theirs).unwrap();
+    drop(theirs);
+    let grow = |size: usize| {
+        bench.device.grow(size);
+        bench.server.slot().grow(size as u64);
+        bench.server.size_notice().unwrap()
+    };
+    assert_eq!(guest.request(0, WRITE, 2048, 4096, false), 1, "behind the end");
+    assert!(bench.server.size_notice().unwrap().deliver(Duration::ZERO), "it knows");
+    let notice = grow(2 << 20);
+    let delivered = std::thread::spawn(move || notice.deliver(Duration::from_secs(20)));
+    hears_of_a_change(&mut channel);
+    assert_eq!(asked_size(&mut guest), 2 << 20);
+    assert!(delivered.join().unwrap());
+    guest.put(data(0), &[7; 4096]);
+    assert_eq!(guest.request(0, WRITE, 2048, 4096, false), 0);
+    assert_eq!(read_disk(&bench.device, 1 << 20, 4096), [7; 4096]);
+
+    // One that does not look, as QEMU while its device is stopped, hears again when the ring starts.
+    assert!(!grow(3 << 20).deliver(Duration::from_millis(20)));
+    hears_of_a_change(&mut channel);
+    guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    guest.restart();
+    hears_of_a_change(&mut channel);
+    assert_eq!(asked_size(&mut guest), 3 << 20);
+    guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    guest.restart();
+    channel.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(channel.read(&mut [0; 12]).is_err(), "it knows");
+
+    // One that does not listen is not waited for longer than said, and keeps nothing else up.
+    drop(channel);
+    assert!(!grow(4 << 20).deliver(Duration::from_millis(20)));
+    assert_eq!(guest.request(0, READ, (3 << 20) / 512, 4096, true), 0);
+}
+
+#[test]
+fn a_front_end_that_comes_back_asks_for_the_size_and_rubbish_as_a_channel_ends_its_connection() {
+    let bench = serve(RamDevice::new(1 << 20));
+    let mut guest = Guest::new();
+    guest.connect(&bench.path);
+    let (mut channel, theirs) = UnixStream::pair().unwrap();
+    // QEMU does not ask when it connects again: it is told to.
+    guest.frontend.as_mut().unwrap().set_backend_request_fd(&theirs).unwrap();
+    guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    guest.restart();
+    hears_of_a_change(&mut channel);
+    assert_eq!(asked_size(&mut guest), 1 << 20);
+
+    let file = tempfile::tempfile().unwrap();
+    assert!(guest.frontend.as_mut().unwrap().set_backend_request_fd(&file).is_err());
+    let mut other = Guest::new();
+    other.connect(&bench.path);
+    assert_eq!(other.request(0, READ, 0, 4096, true), 0);
 }

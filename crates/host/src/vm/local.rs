@@ -19,7 +19,8 @@ use super::{KILL_LIMIT, VmConfig};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::nbd::{NbdOptions, NbdServer};
 use crate::export::{
-    DeviceSlot, FrontEndState, SlotState, SocketOwner, VhostUserOptions, VhostUserServer, WriteTracker,
+    DeviceSlot, FrontEndState, SizeNotice, SlotState, SocketOwner, VhostUserOptions, VhostUserServer,
+    WriteTracker,
 };
 use crate::guest::binary::QemuBinary;
 use crate::guest::launch::{self, DiskKind, DiskSocket, LaunchPlan, disk_queues};
@@ -68,6 +69,14 @@ impl DiskServer {
         match self {
             Self::Nbd(server) => server.slot(),
             Self::VhostUser(server) => server.slot(),
+        }
+    }
+
+    /// What is to be told to who is connected after the volume became larger. Over NBD there is no word for it.
+    pub(crate) fn size_notice(&self) -> Option<SizeNotice> {
+        match self {
+            Self::Nbd(_) => None,
+            Self::VhostUser(server) => server.size_notice(),
         }
     }
 
@@ -153,6 +162,11 @@ impl VmDisk {
             Some(DiskServer::VhostUser(server)) => server.front_end(),
             Some(DiskServer::Nbd(_)) | None => FrontEndState::Spoke,
         }
+    }
+
+    /// What is to be told to QEMU after the volume became larger.
+    pub(crate) fn size_notice(&self) -> Option<SizeNotice> {
+        self.server.lock().as_ref().and_then(DiskServer::size_notice)
     }
 
     /// What stops the service; may wait. Over NBD QEMU flushes once more while it saves its devices, and must not wait

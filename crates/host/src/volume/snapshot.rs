@@ -144,7 +144,7 @@ impl Volumes {
                     Parent::Layer { data_id, .. } => data_id,
                     _ => record.data_id,
                 },
-                size_bytes: record.size_bytes,
+                size_bytes: spec.size_bytes,
                 snapshot: Some(name),
                 made_s: clock::wall_s(),
                 quiesced: frozen.is_some(),
@@ -218,7 +218,7 @@ impl Volumes {
     }
 
     /// A snapshot whose record was made by an earlier call that could not go on.
-    async fn finish_switch(&self, record: &VolumeRecord, with: &SnapshotWith) -> Result<()> {
+    pub(super) async fn finish_switch(&self, record: &VolumeRecord, with: &SnapshotWith) -> Result<()> {
         let Some(last) = record.layers.last() else { return Ok(()) };
         let Some(below) = self.opened(last.disk_id).filter(|layer| layer.is_writable()) else {
             return Ok(());
@@ -296,7 +296,7 @@ impl Volumes {
         }
     }
 
-    fn must_be_local(&self, record: &VolumeRecord) -> Result<()> {
+    pub(super) fn must_be_local(&self, record: &VolumeRecord) -> Result<()> {
         if record.right.holder != self.shared.host {
             return Err(Error::new(
                 ErrorKind::Refused,
@@ -311,7 +311,7 @@ impl Volumes {
         Ok(())
     }
 
-    async fn record(&self, volume: &Name) -> Result<Versioned<VolumeRecord>> {
+    pub(super) async fn record(&self, volume: &Name) -> Result<Versioned<VolumeRecord>> {
         records::must::<VolumeRecord>(&*self.shared.meta, &key::volume(volume), &format!("volume {volume}"))
             .await
     }

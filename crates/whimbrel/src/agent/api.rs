@@ -69,6 +69,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/volumes/import", post(volumes::import))
         .route("/volumes/{name}", get(volumes::show).delete(volumes::remove))
         .route("/volumes/{name}/check", post(volumes::check))
+        .route("/volumes/{name}/resize", post(volumes::resize))
         .route("/volumes/{name}/snapshots", post(volumes::snapshot))
         .route("/volumes/{name}/snapshots/{snapshot}", delete(volumes::snapshot_remove))
         .route("/volumes/{name}/limit", post(volumes::limit))

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Subcommand;
 use whimbrel_wire::api::{
     Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeLayer,
-    VolumeRelink, VolumeSnapshot,
+    VolumeRelink, VolumeResize, VolumeSnapshot,
 };
 use whimbrel_wire::meta::IoLimits;
 use whimbrel_wire::size::{parse_bytes, parse_rate_bytes_s, show_bytes};
@@ -68,6 +68,14 @@ pub enum VolumeCommand {
         /// Bits per second, such as 800Mbit.
         #[arg(long, value_name = "RATE", value_parser = parse_rate_bytes_s)]
         bandwidth: Option<u64>,
+    },
+    /// Make a volume larger, while it is in use: a running guest sees the new size.
+    Resize {
+        /// Its name.
+        name: Name,
+        /// Size of the disk from then on; not smaller than it is.
+        #[arg(value_parser = parse_bytes)]
+        size: u64,
     },
     /// Show which layers under a volume are no longer what it was made over, and accept them.
     Relink {
@@ -199,6 +207,11 @@ pub async fn run(context: &Context, command: VolumeCommand) -> anyhow::Result<()
             let body = IoLimits { iops, bandwidth_bytes_s: bandwidth };
             let volume: Volume = client.post(&format!("/v1/volumes/{name}/limit"), &body).await?;
             context.print(&volume, describe)
+        }
+        VolumeCommand::Resize { name, size } => {
+            let body = VolumeResize { size_bytes: size };
+            let volume: Volume = client.post(&format!("/v1/volumes/{name}/resize"), &body).await?;
+            context.print(&volume, |volume| format!("{}: {}", volume.name, show_bytes(volume.size_bytes)))
         }
         VolumeCommand::Relink { name, accept_changed_parent } => {
             let body = VolumeRelink { accept_changed_parent };

@@ -31,6 +31,9 @@
 //! * A checkpoint is a cache: its header fields say from which place on the log is replayed. If it is damaged the
 //!   log is replayed from segment 0.
 //! * `data_id` in the header changes, durably, before the first record of a writable session.
+//! * A disk may become larger, never smaller: `size_bytes` rises in one update of the header, after or together with a
+//!   change of `data_id`. So the last block, which may be short, is padded with zeros; what is behind the end of a
+//!   layer's parent or image reads as zeros in the layer.
 //! * A sealed layer is never written again, but for a merge that gives it a new `data_id` first. A child's header has
 //!   its parent's `disk_id` and `data_id`; while the child is merged into its parent the second linkage has the
 //!   parent's next `data_id`, and the link holds with either.

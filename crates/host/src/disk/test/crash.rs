@@ -8,6 +8,8 @@
 //!
 //! Space of what was overwritten is freed in between, of every size.
 //!
+//! The disk becomes larger now and then; once it has, it stays so.
+//!
 //! In both: content that differs from what a session found has another `data_id`; and the layer goes on working.
 
 use std::collections::BTreeMap;
@@ -40,6 +42,8 @@ struct Recording {
     start: Files,
     ops: Vec<Op>,
     history: History,
+    /// Size of the disk after each operation that changed it.
+    sizes: Vec<(usize, usize)>,
     /// Operations that were flushes (or ended with one).
     flushes: Vec<usize>,
     /// What each session found: when it began, the id of the content, the content.
@@ -55,6 +59,15 @@ fn base() -> Arc<dyn BlockRead> {
     RamDisk::new(half_full(SIZE / 2 + 512))
 }
 
+/// The disk block by block; the last one may be short, what it lacks is zeros.
+fn blocks(content: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    content.chunks(4096).map(|block| {
+        let mut whole = block.to_vec();
+        whole.resize(4096, 0);
+        whole
+    })
+}
+
 fn record(seed: u64, steps: usize) -> Recording {
     let dir = temp_dir();
     let path = dir.path().join("layer");
@@ -68,26 +81,28 @@ fn record(seed: u64, steps: usize) -> Recording {
     let mut layer = open(epoch);
     let mut content = read_all(&*layer);
     let mut found = vec![(0, layer.info().data_id, content.clone())];
-    let mut history: History = content.chunks(4096).map(|block| vec![(0, block.to_vec())]).collect();
+    let mut history: History = blocks(&content).map(|block| vec![(0, block)]).collect();
+    let mut sizes = vec![(0, SIZE)];
     let mut flushes = vec![0];
     for step in 1..=steps {
         recorder.mark(step as u64 * 2);
-        match random.below(22) {
+        let size = content.len();
+        match random.below(23) {
             0..=11 => {
                 let (sector, sectors) =
-                    (random.below(SIZE / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
+                    (random.below(size / 512), [1, 5, 8, 8, 16, 64, 300][random.below(7)]);
                 let (sector, sectors) = if random.below(3) > 0 {
                     (sector / 8 * 8, usize::next_multiple_of(sectors, 8))
                 } else {
                     (sector, sectors)
                 };
-                let range = sector * 512..SIZE.min((sector + sectors) * 512);
+                let range = sector * 512..size.min((sector + sectors) * 512);
                 content[range.clone()].fill(step as u8);
                 write(&*layer, range.start as u64, &content[range]).unwrap();
             }
             12..=13 => {
-                let first = random.below(BLOCKS as usize) * 4096;
-                let range = first..SIZE.min(first + (1 + random.below(20)) * 4096);
+                let first = random.below(size.div_ceil(4096)) * 4096;
+                let range = first..size.min(first + (1 + random.below(20)) * 4096);
                 content[range.clone()].fill(0);
                 layer.discard(range.start as u64, range.len() as u64).unwrap();
             }
@@ -103,6 +118,11 @@ fn record(seed: u64, steps: usize) -> Recording {
                 layer.reclaim().unwrap();
                 // What it dropped, or punched, was flushed before; all that was written may be.
             }
+            19 if size < 2 * SIZE => {
+                content.resize(size + (1 + random.below(60)) * 512, 0);
+                layer.grow(content.len() as u64).unwrap();
+                sizes.push((step, content.len()));
+            }
             _ => {
                 if random.below(2) == 0 {
                     layer.close().unwrap();
@@ -116,15 +136,16 @@ fn record(seed: u64, steps: usize) -> Recording {
             }
         }
         assert!(read_all(&*layer) == content);
-        for (block, values) in content.chunks(4096).zip(&mut history) {
+        history.resize(content.len().div_ceil(4096), vec![(0, vec![0; 4096])]);
+        for (block, values) in blocks(&content).zip(&mut history) {
             if values.last().unwrap().1 != block {
-                values.push((step, block.to_vec()));
+                values.push((step, block));
             }
         }
         recorder.mark(step as u64 * 2 + 1);
     }
     let ops = recorder.ops.lock().clone();
-    Recording { start, ops, history, flushes, found }
+    Recording { start, ops, history, sizes, flushes, found }
 }
 
 /// What may be on disk, op by op.
@@ -233,8 +254,8 @@ impl Disk {
     }
 }
 
-/// The values that `block` may have: from its last value at step `from` or before, on.
-fn allowed(values: &[(usize, Vec<u8>)], from: usize, until: usize) -> impl Iterator<Item = &Vec<u8>> {
+/// The values that a block, or the size, may have: from its last value at step `from` or before, on.
+fn allowed<T>(values: &[(usize, T)], from: usize, until: usize) -> impl Iterator<Item = &T> {
     let first = values.partition_point(|(step, _)| *step <= from).saturating_sub(1);
     values.iter().skip(first).take_while(move |(step, _)| *step <= until).map(|(_, value)| value)
 }
@@ -251,8 +272,10 @@ fn verify(recording: &Recording, files: &Files, (from, done, until): (usize, usi
     let layer =
         Layer::open(&path, Some(base()), epoch, true).unwrap_or_else(|error| panic!("{what}: {error}"));
     let mut content = read_all(&*layer);
-    for (number, (block, values)) in content.chunks(4096).zip(&recording.history).enumerate() {
-        let good = allowed(values, from, until).any(|value| value == block);
+    // It is durable when it returns, without a flush.
+    assert!(allowed(&recording.sizes, done, until).any(|size| *size == content.len()), "{what}: the size");
+    for (number, (block, values)) in blocks(&content).zip(&recording.history).enumerate() {
+        let good = allowed(values, from, until).any(|value| *value == block);
         assert!(good, "{what}: block {number} begins with {:?}", &block[..16]);
     }
     let id = layer.info().data_id;

@@ -3,29 +3,50 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::check;
+use crate::disk::layer::OPEN;
+use crate::disk::{VolumeDir, check};
 
 const SIZE: u64 = 300 * BLOCK + 1024;
 const BASE: u64 = 170 * BLOCK + 512;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { sector: u64, sectors: u64, fill: u8, slices: usize },
-    Zero { sector: u64, sectors: u64, discard: bool },
-    Read { sector: u64, sectors: u64, slices: usize },
+    Write {
+        sector: u64,
+        sectors: u64,
+        fill: u8,
+        slices: usize,
+    },
+    Zero {
+        sector: u64,
+        sectors: u64,
+        discard: bool,
+    },
+    Read {
+        sector: u64,
+        sectors: u64,
+        slices: usize,
+    },
     Flush,
     Checkpoint,
-    Reopen { in_order: bool, next_epoch: bool },
+    Reopen {
+        in_order: bool,
+        next_epoch: bool,
+    },
     FenceAndBack,
     Reclaim,
+    /// By so many sectors, with the layer in use or not.
+    Grow {
+        sectors: u64,
+        at_rest: bool,
+    },
 }
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
     let sectors = prop_oneof![1..9u64, Just(8), 8..200u64, 300..700u64];
-    (0..SIZE / 512, sectors, any::<bool>()).prop_map(|(sector, sectors, aligned)| {
-        let (sector, sectors) =
-            if aligned { (sector / 8 * 8, sectors.next_multiple_of(8)) } else { (sector, sectors) };
-        (sector, sectors.min(SIZE / 512 - sector))
+    // Behind the first end too: what is not there when its turn comes is left out.
+    (0..SIZE / 512 * 3 / 2, sectors, any::<bool>()).prop_map(|(sector, sectors, aligned)| {
+        if aligned { (sector / 8 * 8, sectors.next_multiple_of(8)) } else { (sector, sectors) }
     })
 }
 
@@ -40,6 +61,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (any::<bool>(), any::<bool>()).prop_map(|(in_order, next_epoch)| Step::Reopen { in_order, next_epoch }),
         1 => Just(Step::FenceAndBack),
         1 => Just(Step::Reclaim),
+        2 => (1..300u64, any::<bool>()).prop_map(|(sectors, at_rest)| Step::Grow { sectors, at_rest }),
     ]
 }
 
@@ -50,16 +72,41 @@ fn sliced(bytes: &[u8], count: usize) -> Vec<IoSlice<'_>> {
 
 fn run(steps: &[Step], with_base: bool) {
     let dir = temp_dir();
-    let path = dir.path().join("layer");
-    Layer::create(&path, &spec(SIZE)).unwrap();
+    let volumes = VolumeDir::new(dir.path()).unwrap();
+    let spec = spec(SIZE);
+    let disk_id = spec.disk_id;
+    let path = volumes.path(disk_id);
+    volumes.create(&spec).unwrap();
     let base = with_base.then(|| RamDisk::new(half_full(BASE as usize)) as Arc<dyn BlockRead>);
     let mut epoch = Epoch(1);
     let mut layer = Layer::open(&path, base.clone(), epoch, true).unwrap();
     let mut oracle = if with_base { half_full(BASE as usize) } else { vec![] };
     oracle.resize(SIZE as usize, 0);
     for step in steps {
+        // What lies on the disk of what a step is about.
+        let inside = |oracle: &[u8], sector: u64, sectors: u64| {
+            let size = oracle.len() as u64 / 512;
+            let sector = sector.min(size - 1);
+            (sector, sectors.min(size - sector))
+        };
         match *step {
+            Step::Grow { sectors, at_rest } => {
+                oracle.resize(oracle.len() + sectors as usize * 512, 0);
+                let size = oracle.len() as u64;
+                let before = layer.info().data_id;
+                let was_open = layer.gate() == OPEN;
+                if at_rest {
+                    drop(layer);
+                    volumes.grow_at_rest(disk_id, size, epoch).unwrap();
+                    layer = Layer::open(&path, base.clone(), epoch, true).unwrap();
+                } else {
+                    layer.grow(size).unwrap();
+                }
+                assert_eq!(layer.size_bytes(), size);
+                assert!(was_open || layer.info().data_id != before, "more to see under the old data_id");
+            }
             Step::Write { sector, sectors, fill, slices } => {
+                let (sector, sectors) = inside(&oracle, sector, sectors);
                 let range = (sector * 512) as usize..((sector + sectors) * 512) as usize;
                 for (n, byte) in oracle[range.clone()].iter_mut().enumerate() {
                     *byte = fill.wrapping_add((n / 512) as u8);
@@ -67,11 +114,13 @@ fn run(steps: &[Step], with_base: bool) {
                 layer.write(sector * 512, &sliced(&oracle[range], slices)).unwrap();
             }
             Step::Zero { sector, sectors, discard } => {
+                let (sector, sectors) = inside(&oracle, sector, sectors);
                 oracle[(sector * 512) as usize..((sector + sectors) * 512) as usize].fill(0);
                 let zero = if discard { BlockDev::discard } else { BlockDev::write_zeroes };
                 zero(layer.as_ref(), sector * 512, sectors * 512).unwrap();
             }
             Step::Read { sector, sectors, slices } => {
+                let (sector, sectors) = inside(&oracle, sector, sectors);
                 let range = (sector * 512) as usize..((sector + sectors) * 512) as usize;
                 let mut bytes = vec![0xee; range.len()];
                 let size = bytes.len().div_ceil(slices).max(1);
@@ -102,11 +151,11 @@ fn run(steps: &[Step], with_base: bool) {
         }
     }
     assert!(read_all(&*layer) == oracle);
-    let mut at = 0;
-    while at < SIZE {
+    let (mut at, size) = (0, oracle.len() as u64);
+    while at < size {
         let extent = layer.extent(at).unwrap();
         let end = at + extent.length;
-        assert!(extent.length > 0 && end <= SIZE);
+        assert!(extent.length > 0 && end <= size);
         assert!(
             extent.data || oracle[at as usize..end as usize].iter().all(|byte| *byte == 0),
             "hole at {at}"

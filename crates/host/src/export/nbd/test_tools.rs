@@ -16,7 +16,7 @@ const SIZE: usize = 16 << 20;
 struct Bench {
     dir: tempfile::TempDir,
     device: Arc<RamDevice>,
-    _server: NbdServer,
+    server: NbdServer,
 }
 
 impl Bench {
@@ -31,7 +31,7 @@ impl Bench {
         let device = Arc::new(device);
         let slot = DeviceSlot::active(device.clone());
         let server = NbdServer::start(&dir.path().join("nbd.sock"), slot, options).unwrap();
-        Self { dir, device, _server: server }
+        Self { dir, device, server }
     }
 
     fn socket(&self) -> PathBuf {
@@ -208,4 +208,48 @@ fn requests_wait_for_the_disk_and_the_service_ends_with_clients_connected() {
     }
     server.stop().unwrap();
     assert!(!socket.exists());
+}
+
+#[test]
+fn who_connects_anew_sees_that_a_disk_became_larger_and_who_is_connected_works_on() {
+    let bench = Bench::start();
+    let script = format!(
+        "
+import time
+old, new = {SIZE}, {}
+assert h.get_size() == old
+open('{}', 'w').close()
+for _ in range(1000):
+    other = nbd.NBD()
+    other.connect_uri('{}')
+    if other.get_size() > old:
+        break
+    time.sleep(0.01)
+assert other.get_size() == new, other.get_size()
+assert bytes(other.pread(new - old, old)) == bytes(new - old)
+other.pwrite(b'z' * 4096, new - 4096)
+other.flush()
+assert h.get_size() == old
+h.pwrite(b'y' * 4096, old - 4096)
+assert bytes(other.pread(4096, old - 4096)) == b'y' * 4096
+h.set_strict_mode(0)
+assert bytes(h.pread(4096, new - 4096)) == b'z' * 4096
+",
+        2 * SIZE,
+        bench.socket().with_extension("ready").display(),
+        bench.uri()
+    );
+    let ready = bench.socket().with_extension("ready");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let end = std::time::Instant::now() + Duration::from_secs(20);
+            while !ready.exists() && std::time::Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            bench.device.grow(2 * SIZE);
+            bench.server.slot().grow(2 * SIZE as u64);
+        });
+        let connect = format!("h.connect_uri('{}')", bench.uri());
+        run_ok("python3-libnbd", "nbdsh", &["-c", &connect, "-c", &script]);
+    });
 }

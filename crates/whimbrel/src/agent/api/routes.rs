@@ -98,6 +98,14 @@ pub const ROUTES: &[Route] = &[
     route(POST, "/v1/volumes/{name}/check", Operate, None, "VolumeCheck", "Check all invariants; reads only"),
     route(
         POST,
+        "/v1/volumes/{name}/resize",
+        Operate,
+        Some("VolumeResize"),
+        "Volume",
+        "Make it larger, while it is in use",
+    ),
+    route(
+        POST,
         "/v1/volumes/{name}/snapshots",
         Operate,
         Some("VolumeSnapshot"),
@@ -188,6 +196,7 @@ pub fn access(method: &Method, path: &str) -> Option<Access> {
         dto::VolumeLayer,
         dto::VolumeSnapshot,
         dto::VolumeRelink,
+        dto::VolumeResize,
         dto::Host,
         dto::HostJoin,
         dto::HostDrain,

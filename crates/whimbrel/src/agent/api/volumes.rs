@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Path, State};
 use whimbrel_wire::api::{
     Export, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport, VolumeRelink,
-    VolumeSnapshot,
+    VolumeResize, VolumeSnapshot,
 };
 use whimbrel_wire::meta::IoLimits;
 use whimbrel_wire::{Name, SnapshotRef};
@@ -52,6 +52,14 @@ pub async fn limit(
     JsonBody(limits): JsonBody<IoLimits>,
 ) -> Answer<Volume> {
     answer(agent.node()?.volume_limit(&name, limits).await?)
+}
+
+pub async fn resize(
+    State(agent): State<Arc<Agent>>,
+    Path(name): Path<Name>,
+    JsonBody(request): JsonBody<VolumeResize>,
+) -> Answer<Volume> {
+    answer(agent.node()?.volume_resize(&name, &request).await?)
 }
 
 pub async fn snapshot_remove(

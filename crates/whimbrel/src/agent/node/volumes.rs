@@ -8,7 +8,7 @@ use whimbrel_host::volume::export_as;
 use whimbrel_host::{Error, ErrorKind, Result};
 use whimbrel_wire::api::{
     Export, TaskKind, TaskStarted, Volume, VolumeAttach, VolumeCheck, VolumeCreate, VolumeImport,
-    VolumeRelink, VolumeSnapshot,
+    VolumeRelink, VolumeResize, VolumeSnapshot,
 };
 use whimbrel_wire::meta::{IoLimits, VolumeRecord, key};
 use whimbrel_wire::{Name, SnapshotRef};
@@ -56,6 +56,12 @@ impl Node {
                 .await;
         }
         Ok(self.describe_volume(self.vms.limit_volume(name, limits).await?))
+    }
+
+    /// Makes a volume of this host larger.
+    pub async fn volume_resize(&self, name: &Name, request: &VolumeResize) -> Result<Volume> {
+        self.refuse_elsewhere(&self.volume_record(name).await?)?;
+        Ok(self.describe_volume(self.vms.resize_volume(name, request).await?))
     }
 
     /// Removes a snapshot of a volume of this host.
