@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::disk::files::Dir;
 use crate::disk::layer::OPEN;
 use crate::disk::{VolumeDir, check};
 
@@ -70,6 +71,16 @@ fn sliced(bytes: &[u8], count: usize) -> Vec<IoSlice<'_>> {
     bytes.chunks(bytes.len().div_ceil(count).max(1)).map(IoSlice::new).collect()
 }
 
+/// As a process that ends: what works for the layer in the background has it for a moment longer.
+fn let_go(layer: Arc<Layer>, path: &std::path::Path) {
+    drop(layer);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while let Err(error) = Dir::new(path).lock() {
+        assert!(std::time::Instant::now() < end, "{error}");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 fn run(steps: &[Step], with_base: bool) {
     let dir = temp_dir();
     let volumes = VolumeDir::new(dir.path()).unwrap();
@@ -96,7 +107,7 @@ fn run(steps: &[Step], with_base: bool) {
                 let before = layer.info().data_id;
                 let was_open = layer.gate() == OPEN;
                 if at_rest {
-                    drop(layer);
+                    let_go(layer, &path);
                     volumes.grow_at_rest(disk_id, size, epoch).unwrap();
                     layer = Layer::open(&path, base.clone(), epoch, true).unwrap();
                 } else {
@@ -135,7 +146,7 @@ fn run(steps: &[Step], with_base: bool) {
                     layer.close().unwrap();
                     assert_eq!(write(&*layer, 0, &[1; 512]).unwrap_err().kind(), ErrorKind::Refused);
                 }
-                drop(layer);
+                let_go(layer, &path);
                 epoch = if next_epoch { epoch.next() } else { epoch };
                 layer = Layer::open(&path, base.clone(), epoch, true).unwrap();
             }
