@@ -153,7 +153,8 @@ fn agent_killed(c: &Context<'_>, data: &mut Data<'_, '_>, host: &Host) -> Result
         data.read_all()?;
     }
     println!(
-        "       of four resizes whose agent was killed {done} were carried out, the others were not begun"
+        "       of {} resizes whose agent was killed {done} were carried out, the others were not begun",
+        waits_ms.len()
     );
     data.flight.must_be_whole()
 }
