@@ -8,7 +8,7 @@
 //! * A layer is opened for writing once per process, at the epoch of the record whose holder is this host.
 //! * A volume is in use by one VM, one socket or one file.
 //!
-//! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`), disks of other systems ([`files`]).
+//! Not here: the layer (`disk`), images (`store`), moving a layer (`migrate`), disks of other systems (`files`).
 
 mod files;
 mod on_demand;

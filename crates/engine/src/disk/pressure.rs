@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Volumes together may promise more than there is, so what counts is what is free and how fast it goes: an average over
-//! [`AVERAGE_S`] in which the last samples count most. Space that comes back does not count against space that goes.
+//! a minute in which the last samples count most. Space that comes back does not count against space that goes.
 //!
 //! Not here: looking (`host::volume::space`), guests that find no space (`host::export`).
 

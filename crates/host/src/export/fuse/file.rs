@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Invariants
-//! * A serving thread never waits for another host, a store or a flush. It waits for room if the data of writes that wait
-//!   is more than [`WAITING_BYTES_MAX`]; what comes next then stays in the kernel's queue of this file.
+//! * A serving thread never waits for another host, a store or a flush. It waits for the volume's limits, and for room
+//!   if the data of writes that wait is more than [`WAITING_BYTES_MAX`]; what comes next then stays in the kernel's queue
+//!   of this file.
 //! * A read that waits holds nothing until a worker has it. Their number is the kernel's business: one for each thread
 //!   that reads, and [`BACKGROUND_MAX`] of those that asked for more at a time.
 //! * Every request is answered, once; with an error if the disk is not served for as long as a request waits.
