@@ -221,7 +221,7 @@ fn end_to_end(options: &Options) -> Result<()> {
 
 /// In a process of its own, because that is what becomes the lab's first process.
 fn end_to_end_on(q: &qemu::Qemu, program: &Path, long: bool, without: &[&str]) -> Result<()> {
-    let mut c = cmd(std::env::current_exe().context("find xtask's own program")?, &["e2e", "--qemu"]);
+    let mut c = cmd(paths::xtask()?, &["e2e", "--qemu"]);
     c.arg(q.version.name()).arg("--program").arg(program);
     c.args(without.iter().flat_map(|w| ["--without", w]));
     if long {

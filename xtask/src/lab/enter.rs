@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cmd::{cmd, run};
 use crate::install::is_root;
+use crate::paths;
 
 /// Set for the inner process: the lab's directory.
 const INSIDE: &str = "WHIMBREL_LAB";
@@ -41,7 +42,7 @@ pub fn enter(prepared: &[(&str, PathBuf)]) -> Result<()> {
     let dir = std::env::temp_dir().join(format!("whimbrel-{}", std::process::id()));
     fs::create_dir(&dir).with_context(|| format!("create {}", dir.display()))?;
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).context("open the lab's directory")?;
-    let program = std::env::current_exe().context("find xtask's own program")?;
+    let program = paths::xtask()?;
     let mut c = Command::new("sh");
     c.args(["-c", OUTER, "lab"]).arg(&dir).args(["setsid", "unshare"]);
     if !is_root() {
