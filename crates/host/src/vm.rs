@@ -406,20 +406,27 @@ impl Vms {
         })
     }
 
+    /// The VM that uses a volume of this host, which neither moves nor stops while this is held; none if no VM does.
+    async fn user_of(&self, volume: &VolumeRecord, action: &str) -> Result<Option<(Arc<LocalVm>, Busy)>> {
+        let Some(user) = volume.attached_to.as_ref().filter(|_| volume.right.holder == self.shared.host)
+        else {
+            return Ok(None);
+        };
+        let vm = self.must_be_here(user).await.with_context(|| action.to_owned())?;
+        let busy = vm.busy(action)?;
+        Ok(Some((vm, busy)))
+    }
+
     /// Takes a snapshot of a volume of this host, whether or not a VM uses it; gives the volume's new record.
     pub async fn snapshot_volume(&self, name: &Name, request: &VolumeSnapshot) -> Result<VolumeRecord> {
         let volumes = self.volumes();
         let what = format!("volume {name}");
         let record = records::must::<VolumeRecord>(volumes.meta(), &key::volume(name), &what).await?.value;
-        let Some(user) = record.attached_to.filter(|_| record.right.holder == self.shared.host) else {
+        let Some((vm, _busy)) = self.user_of(&record, &format!("snapshot {what}")).await? else {
             let with = SnapshotWith { slot: volumes.export_slot(name), agent: None };
             return volumes.snapshot(name, request, &with).await;
         };
-        let vm = self.must_be_here(&user).await.with_context(|| format!("snapshot {what}"))?;
-        let _busy = vm.busy(&format!("snapshot {what}"))?;
-        let disk = vm.disks.iter().find(|disk| disk.volume == *name).ok_or_else(|| {
-            Error::new(ErrorKind::Internal, format!("snapshot {what}: vm {user} has no such disk"))
-        })?;
+        let disk = vm.disk_of(name).with_context(|| format!("snapshot {what}"))?;
         let with = SnapshotWith { slot: Some(disk.slot.clone()), agent: GuestAgent::of(&vm.run_dir) };
         let made = volumes.snapshot(name, request, &with).await;
         let serves = match &made {
@@ -440,19 +447,18 @@ impl Vms {
     pub async fn limit_volume(&self, name: &Name, limits: IoLimits) -> Result<VolumeRecord> {
         let volumes = self.volumes();
         let (key, what) = (key::volume(name), format!("volume {name}"));
+        let action = format!("limit {what}");
         let record = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?.value;
-        let vm = match record.attached_to.filter(|_| record.right.holder == self.shared.host) {
-            Some(user) => Some(self.must_be_here(&user).await.with_context(|| format!("limit {what}"))?),
+        // The record is part of a move: it must not change under one.
+        let user = self.user_of(&record, &action).await?;
+        let slot = match &user {
+            Some((vm, _)) => Some(vm.disk_of(name).with_context(|| action.clone())?.slot.clone()),
             None => None,
         };
-        // The record is part of a move: it must not change under one.
-        let _busy = vm.as_ref().map(|vm| vm.busy(&format!("limit {what}"))).transpose()?;
         let old = records::must::<VolumeRecord>(volumes.meta(), &key, &what).await?;
         let next = VolumeRecord { limits, ..old.value.clone() };
-        let change = Change::default().replace(&old, &next)?;
-        change.commit_or_refuse(volumes.meta(), &format!("limit {what}")).await?;
-        let disk = vm.as_ref().and_then(|vm| vm.disks.iter().find(|disk| disk.volume == *name));
-        for slot in disk.map(|disk| disk.slot.clone()).into_iter().chain(volumes.export_slot(name)) {
+        Change::default().replace(&old, &next)?.commit_or_refuse(volumes.meta(), &action).await?;
+        for slot in slot.into_iter().chain(volumes.export_slot(name)) {
             slot.limit(limits);
         }
         Ok(next)
@@ -464,17 +470,13 @@ impl Vms {
         let volumes = self.volumes();
         let what = format!("volume {name}");
         let record = records::must::<VolumeRecord>(volumes.meta(), &key::volume(name), &what).await?.value;
-        let Some(user) = record.attached_to.filter(|_| record.right.holder == self.shared.host) else {
+        let Some((vm, _busy)) = self.user_of(&record, &format!("resize {what}")).await? else {
             let with = SnapshotWith { slot: volumes.export_slot(name), agent: None };
             let resized = volumes.resize(name, request.size_bytes, &with).await?;
             volumes.tell_size(name, volumes.export_notice(name)).await;
             return Ok(resized);
         };
-        let vm = self.must_be_here(&user).await.with_context(|| format!("resize {what}"))?;
-        let _busy = vm.busy(&format!("resize {what}"))?;
-        let disk = vm.disks.iter().find(|disk| disk.volume == *name).ok_or_else(|| {
-            Error::new(ErrorKind::Internal, format!("resize {what}: vm {user} has no such disk"))
-        })?;
+        let disk = vm.disk_of(name).with_context(|| format!("resize {what}"))?;
         let with = SnapshotWith { slot: Some(disk.slot.clone()), agent: None };
         let resized = volumes.resize(name, request.size_bytes, &with).await;
         if let Ok(record) = &resized {

@@ -44,6 +44,7 @@ pub use files::{export_as, export_file, format_of, open_file};
 use on_demand::OnDemand;
 pub use snapshot::{Claim, SnapshotWith};
 pub use space::SpaceWatch;
+pub(crate) use space::space_of;
 
 /// All volumes of this host.
 #[derive(Clone)]

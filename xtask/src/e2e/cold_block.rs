@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 
 use super::Context;
+use crate::bench::median;
 use crate::flight::{Flight, Move};
 use crate::lab::{Lab, S3};
 
@@ -198,8 +199,8 @@ impl Times {
     /// By how much these pauses are longer than others. An emulator on a busy machine adds tens of milliseconds to
     /// any of them, so few say little: what the wait itself costs is in the least and in the middle one alike.
     fn added_ms(&self, others: &Self) -> f64 {
-        let [mine, theirs] = [&self.downtime_ms, &others.downtime_ms].map(|ms| least_and_middle(ms));
-        (mine.0 - theirs.0).min(mine.1 - theirs.1)
+        let more = |of: fn(&[f64]) -> f64| of(&self.downtime_ms) - of(&others.downtime_ms);
+        more(least).min(more(median))
     }
 }
 
@@ -210,9 +211,6 @@ impl std::fmt::Display for Times {
     }
 }
 
-fn least_and_middle(values: &[f64]) -> (f64, f64) {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |n: usize| sorted.get(n).copied().unwrap_or(f64::NAN);
-    (at(0), at(sorted.len() / 2))
+fn least(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
 }

@@ -43,6 +43,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// What the last look came to.
+    pub fn level(&self) -> Pressure {
+        self.level
+    }
+
     /// A look: so much there was, and is free, at a time in nanoseconds since any one moment. Gives the level, and in how
     /// many seconds nothing will be left, if that can be told.
     pub fn look(&mut self, at_ns: u64, total_bytes: u64, free_bytes: u64) -> (Pressure, Option<u64>) {

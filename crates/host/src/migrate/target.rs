@@ -53,7 +53,7 @@ use crate::memory::{Limiter, Progress};
 use crate::records;
 use crate::task::TaskHandle;
 use crate::vm::LocalVm;
-use crate::volume::Volumes;
+use crate::volume::{Volumes, space_of};
 
 /// How long QEMU may take to say that it has loaded what it was sent (mode B).
 const LOAD_LIMIT: Duration = Duration::from_secs(10);
@@ -352,7 +352,7 @@ impl TargetSide {
                 );
             }
         }
-        let free = free_bytes(&vms.config().memory_dir)?;
+        let (_, free) = space_of(&vms.config().memory_dir)?;
         if free < spec.memory_bytes {
             return refuse(
                 ErrorKind::NoSpace,
@@ -731,11 +731,6 @@ async fn take_map(stream: &mut PeerStream, volumes: Volumes, record: VolumeRecor
         return Err(Error::new(ErrorKind::Corrupt, format!("{}: it is shorter than it says", what())));
     }
     blocking("make a place for a layer", move || volumes.make_pull(&record, &head, &map)).await
-}
-
-fn free_bytes(dir: &std::path::Path) -> Result<u64> {
-    let stat = rustix::fs::statvfs(dir).with_context(|| format!("look at {}", dir.display()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 impl Hands<Target> for TargetSide {

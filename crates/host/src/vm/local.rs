@@ -447,7 +447,7 @@ impl LocalVm {
     /// Has requests done first that were left unanswered where the guest was stopped.
     pub fn reissue(&self, outstanding: Vec<DiskIo>) {
         for io in outstanding {
-            if let Some(disk) = self.disks.iter().find(|disk| disk.volume == io.volume) {
+            if let Ok(disk) = self.disk_of(&io.volume) {
                 disk.reissue(io.queues);
             }
         }
@@ -486,6 +486,16 @@ impl LocalVm {
         let log = fs::read(self.run_dir.join("qemu.log")).unwrap_or_default();
         let tail = log.get(log.len().saturating_sub(LAST_WORDS_BYTES)..).unwrap_or_default();
         String::from_utf8_lossy(tail).trim().to_owned()
+    }
+
+    /// Its disk on that volume.
+    pub(super) fn disk_of(&self, volume: &Name) -> Result<&VmDisk> {
+        self.disks.iter().find(|disk| disk.volume == *volume).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("find volume {volume}: vm {} has no such disk", self.name),
+            )
+        })
     }
 
     /// Reserves the VM for one move or stop.

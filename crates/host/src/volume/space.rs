@@ -6,43 +6,34 @@
 //!
 //! Not here: when it counts as short (`engine::disk::pressure`), what a guest without space meets (`export`).
 
-use std::sync::LazyLock;
-use std::time::Instant;
+use std::path::Path;
 
-use parking_lot::Mutex;
 use whimbrel_engine::disk::pressure::Watch;
-use whimbrel_wire::meta::{Pressure, Space, VolumeRecord, key};
+use whimbrel_wire::meta::{Space, VolumeRecord, key};
 
 use super::Volumes;
 use crate::error::{Context as _, Result};
-use crate::{metrics, records};
+use crate::{clock, metrics, records};
 
-static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+/// All of a file system, and what of it may still be taken, bytes.
+pub(crate) fn space_of(dir: &Path) -> Result<(u64, u64)> {
+    let stat = rustix::fs::statvfs(dir).with_context(|| format!("look at {}", dir.display()))?;
+    Ok((stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
 
 /// Looks at the file system of this host's volumes.
 #[derive(Debug, Default)]
 pub struct SpaceWatch {
-    seen: Mutex<Seen>,
-}
-
-#[derive(Debug, Default)]
-struct Seen {
     watch: Watch,
-    level: Pressure,
 }
 
 impl SpaceWatch {
     /// A look; `promised_bytes` is what [`Volumes::promised_bytes`] said last.
-    pub fn look(&self, volumes: &Volumes, promised_bytes: u64) -> Result<Space> {
+    pub fn look(&mut self, volumes: &Volumes, promised_bytes: u64) -> Result<Space> {
         let dir = volumes.dir().root();
-        let stat = rustix::fs::statvfs(dir).with_context(|| format!("look at {}", dir.display()))?;
-        let (total_bytes, free_bytes) =
-            (stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize));
-        let now_ns = u64::try_from(START.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let mut seen = self.seen.lock();
-        let (pressure, full_in_s) = seen.watch.look(now_ns, total_bytes, free_bytes);
-        let before = std::mem::replace(&mut seen.level, pressure);
-        drop(seen);
+        let (total_bytes, free_bytes) = space_of(dir)?;
+        let before = self.watch.level();
+        let (pressure, full_in_s) = self.watch.look(clock::now().0, total_bytes, free_bytes);
         let (dir, level) = (dir.display(), pressure.as_str());
         if pressure > before {
             tracing::warn!(%dir, level, free_bytes, full_in_s, "space for volumes is running out; move VMs away or enlarge it");

@@ -279,13 +279,13 @@ fn router(
 
 /// Says that this host lives, and how much space its volumes have; at once if that becomes short.
 async fn announce(meta: Arc<dyn MetaStore>, host: HostId, mut facts: Facts, volumes: Volumes) {
-    let (watch, mut promised_bytes) = (SpaceWatch::default(), 0);
+    let (mut watch, mut promised_bytes) = (SpaceWatch::default(), 0);
     loop {
         match volumes.promised_bytes().await {
             Ok(bytes) => promised_bytes = bytes,
             Err(error) => tracing::debug!(%error, "cannot read what this host's volumes promise"),
         }
-        facts.space = look(&watch, &volumes, promised_bytes);
+        facts.space = look(&mut watch, &volumes, promised_bytes);
         if let Err(error) = cluster::announce(&*meta, &host, &facts).await {
             tracing::warn!(%error, "cannot tell the cluster that this host lives");
         }
@@ -293,14 +293,14 @@ async fn announce(meta: Arc<dyn MetaStore>, host: HostId, mut facts: Facts, volu
         let again = tokio::time::Instant::now() + ANNOUNCE_EVERY;
         while tokio::time::Instant::now() < again {
             tokio::time::sleep(LOOK_EVERY).await;
-            if look(&watch, &volumes, promised_bytes).map(|space| space.pressure) != said {
+            if look(&mut watch, &volumes, promised_bytes).map(|space| space.pressure) != said {
                 break;
             }
         }
     }
 }
 
-fn look(watch: &SpaceWatch, volumes: &Volumes, promised_bytes: u64) -> Option<Space> {
+fn look(watch: &mut SpaceWatch, volumes: &Volumes, promised_bytes: u64) -> Option<Space> {
     match watch.look(volumes, promised_bytes) {
         Ok(space) => Some(space),
         Err(error) => {
