@@ -191,13 +191,18 @@ impl Frontend {
         };
         ring.running = Some(RunningQueue::start(device, queue_index, setup).map_err(failed)?);
         ring.unfinished.clear();
+        self.device.handover.began();
         self.notifier.tell(self.device.slot.size_bytes());
         Ok(())
     }
 
     /// Stops a ring, if it runs; its base is where it would go on.
     fn stop_ring(&mut self, index: u32) -> VhostResult<()> {
-        let cut_short = self.device.handover.limit();
+        self.stop_ring_within(index, self.device.handover.limit(false))
+    }
+
+    /// The same; with a limit, requests that have not ended by then are left to be done again.
+    fn stop_ring_within(&mut self, index: u32, cut_short: Option<Duration>) -> VhostResult<()> {
         if cut_short.is_some() {
             self.ask_all_to_stop();
         }
@@ -375,7 +380,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
-        self.stop_ring(index)?;
+        let recorded = self.inflight.is_some() && self.protocol & greeting::NEWER.bits() != 0;
+        self.stop_ring_within(index, self.device.handover.limit(recorded))?;
         let ring = self.ring(index)?;
         ring.kick = None;
         ring.call = None;
@@ -415,7 +421,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         } else {
             VhostUserProtocolFeatures::empty()
         };
-        Ok(greeting::PROTOCOL | slots)
+        Ok(greeting::PROTOCOL | greeting::NEWER | slots)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {

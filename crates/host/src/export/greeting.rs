@@ -35,7 +35,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result};
 /// A front-end that has said nothing for so long will not by itself: QEMU greets in the instant in which it connects.
 pub(super) const MUTE_AFTER: Duration = Duration::from_millis(300);
 
-/// What is offered to QEMU, and what it takes of it.
+/// What is offered to QEMU, and what every version of it takes.
 pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::LOG_SHMFD)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -43,6 +43,10 @@ pub(super) const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+/// What is offered beyond that, and taken by newer ones only: requests that do not end at a pause go along in the
+/// in-flight record, which QEMU from 11 on moves with its device (`inflight-migration=on`).
+pub(super) const NEWER: VhostUserProtocolFeatures = VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT;
 
 // Requests and header, as the specification of vhost-user numbers them.
 const GET_FEATURES: u32 = 1;

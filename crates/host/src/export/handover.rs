@@ -8,7 +8,8 @@
 //!
 //! A guest must not stand still for a read that waits for a slow store; QEMU before 11 knows no way to take such a
 //! request along (`VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT`), so the agents hand the list to each other. Its
-//! ring, in the RAM that is moved anyway, says what each request is.
+//! ring, in the RAM that is moved anyway, says what each request is. A QEMU that does know brings the in-flight record
+//! itself; that says the same, and comes first.
 //!
 //! Invariants
 //! * A list is used once, by a ring that starts where the list's ring stopped and whose in-flight record is new: an
@@ -43,9 +44,15 @@ impl Handover {
         *self.cut_at.lock() = None;
     }
 
-    /// How long a stopping ring waits for its requests; none if it waits as long as it always does.
-    pub(super) fn limit(&self) -> Option<Duration> {
-        if !self.cut_short.load(Ordering::Acquire) {
+    /// A ring runs: the next pause is another one.
+    pub(super) fn began(&self) {
+        *self.cut_at.lock() = None;
+    }
+
+    /// How long a stopping ring waits for its requests; none if it waits as long as it always does. `recorded`: its
+    /// front-end takes along what is left in the in-flight record.
+    pub(super) fn limit(&self, recorded: bool) -> Option<Duration> {
+        if !recorded && !self.cut_short.load(Ordering::Acquire) {
             return None;
         }
         let now = Instant::now();
@@ -117,12 +124,17 @@ mod test {
     #[test]
     fn all_rings_of_a_device_have_one_limit_together() {
         let handover = Handover::default();
-        assert_eq!(handover.limit(), None);
+        assert_eq!(handover.limit(false), None);
         handover.cut_short(true);
-        assert!(handover.limit().is_some_and(|limit| limit > Duration::ZERO));
+        assert!(handover.limit(false).is_some_and(|limit| limit > Duration::ZERO));
         std::thread::sleep(2 * CUT_LIMIT);
-        assert_eq!(handover.limit(), Some(Duration::ZERO));
+        assert_eq!(handover.limit(false), Some(Duration::ZERO));
         handover.cut_short(false);
-        assert_eq!(handover.limit(), None);
+        assert_eq!(handover.limit(false), None);
+        assert!(handover.limit(true).is_some_and(|limit| limit > Duration::ZERO), "another pause");
+        std::thread::sleep(2 * CUT_LIMIT);
+        assert_eq!(handover.limit(true), Some(Duration::ZERO));
+        handover.began();
+        assert!(handover.limit(true).is_some_and(|limit| limit > Duration::ZERO));
     }
 }

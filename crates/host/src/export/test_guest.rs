@@ -51,6 +51,8 @@ pub(super) struct Guest {
     pub(super) call: EventFd,
     pub(super) inflight: Option<(VhostUserInflight, File)>,
     pub(super) features: u64,
+    /// Whether it takes along what is in flight, as newer QEMUs do.
+    pub(super) takes_along: bool,
     avail_idx: u16,
     used_seen: u16,
     /// Where the ring starts, if not at the used ring's index.
@@ -68,6 +70,7 @@ impl Guest {
             call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
             inflight: None,
             features: !(1 << 29) & !(1 << 26),
+            takes_along: false,
             avail_idx: 0,
             used_seen: 0,
             base: None,
@@ -224,7 +227,9 @@ impl Guest {
         frontend.set_features(features).unwrap();
         let offered = frontend.get_protocol_features().unwrap();
         assert!(offered.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
-        frontend.set_protocol_features(offered).unwrap();
+        let newer = VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT;
+        assert!(offered.contains(newer));
+        frontend.set_protocol_features(if self.takes_along { offered } else { offered - newer }).unwrap();
         if self.inflight.is_none() {
             let asked = VhostUserInflight::new(0, 0, 1, RING);
             self.inflight = Some(frontend.get_inflight_fd(&asked).unwrap());
@@ -270,6 +275,13 @@ impl Guest {
     /// an in-flight record of its own.
     pub(super) fn move_to(&mut self, path: &Path, base: u16) {
         (self.frontend, self.inflight, self.base) = (None, None, Some(base));
+        self.connect(path);
+        self.base = None;
+    }
+
+    /// The same for one that brings the in-flight record.
+    pub(super) fn move_along_to(&mut self, path: &Path, base: u16) {
+        (self.frontend, self.base) = (None, Some(base));
         self.connect(path);
         self.base = None;
     }

@@ -371,6 +371,44 @@ fn a_guest_that_moves_waits_for_nothing_and_gets_what_it_left_behind_once() {
 }
 
 #[test]
+fn a_front_end_that_takes_requests_along_is_given_them_at_once_and_once() {
+    let source = serve(slow_disk(0x11, Duration::from_millis(600)));
+    let mut guest = Guest::new();
+    guest.takes_along = true;
+    guest.connect(&source.path);
+    let first = guest.lay_out(0, READ, 0, 4096, true);
+    let second = guest.lay_out(1, READ, 8, 4096, true);
+    let ends = guest.lay_out(2, READ, 64, 4096, true);
+    guest.submit(&[first, ends, second], true);
+    assert_eq!(guest.wait(1), vec![(ends, 4097)]);
+    let asked = Instant::now();
+    let base = guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    assert!(asked.elapsed() < Duration::from_millis(200), "it waited for {:?}", asked.elapsed());
+    // Both ways of taking them along at once: the record counts.
+    let left = source.server.outstanding().unwrap();
+    assert_eq!(left, [QueueIo { queue: 0, next_avail: 3, heads: vec![first, second] }]);
+    let target = serve(slow_disk(0x22, Duration::from_millis(100)));
+    target.server.reissue(left);
+    guest.move_along_to(&target.path, u16::try_from(base).unwrap());
+    let mut answers = guest.wait(2);
+    answers.sort_unstable();
+    assert_eq!(answers, [(first, 4097), (second, 4097)]);
+    assert_eq!(guest.bytes(data(0), 4096), vec![0x22; 4096], "the target's disk, not the source's");
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(guest.answers().is_empty());
+    assert_eq!(guest.bytes(data(0), 4096), vec![0x22; 4096]);
+    assert_eq!(target.server.counters().requests, 2);
+    // A pause that is not a move is none the wiser, nor slower.
+    assert_eq!(guest.request(3, READ, 128, 4096, true), 0);
+    let slow = guest.lay_out(0, READ, 0, 4096, true);
+    guest.submit(&[slow], true);
+    std::thread::sleep(Duration::from_millis(20));
+    guest.frontend.as_ref().unwrap().get_vring_base(0).unwrap();
+    guest.restart();
+    assert_eq!(guest.wait(1), vec![(slow, 4097)]);
+}
+
+#[test]
 fn a_guest_whose_move_failed_gets_what_it_left_behind_where_it_was() {
     let source = serve(slow_disk(0x11, Duration::from_millis(500)));
     let mut guest = Guest::new();
