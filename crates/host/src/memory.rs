@@ -10,7 +10,7 @@
 //!   mode B      source QEMU ══ unix socket ══ stream::Source ── link ── stream::Target ══ unix socket ══ target QEMU
 //! ```
 //!
-//! * [`bitmap`]: which pages are to be sent. [`ram`]: the files. [`encoder`]: pages to frames.
+//! * [`bitmap`]: which pages are to be sent; `plan`: in which order. [`ram`]: the files. [`encoder`]: pages to frames.
 //! * [`source`], [`target`]: rounds over a link. [`stream`]: mode B. [`progress`], [`limit`]: what people see and set.
 //!
 //! Not here: who finds the pages that changed (`guest`), when to stop sending (`engine::memory::precopy`), the
@@ -22,6 +22,7 @@ pub mod encoder;
 mod frames;
 pub mod limit;
 mod pace;
+mod plan;
 pub mod progress;
 pub mod ram;
 pub mod source;

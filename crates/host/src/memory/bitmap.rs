@@ -13,6 +13,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use whimbrel_engine::memory::rank;
+
 /// Bytes of a page: the unit in which memory is tracked, encoded and sent.
 pub const PAGE_BYTES: usize = 4096;
 
@@ -99,6 +101,21 @@ impl PageBitmap {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
+    /// The segments ([`rank::SEGMENT_PAGES`]) that have pages in the set, ascending, and how many.
+    pub fn segments(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
+        const { assert!(rank::SEGMENT_PAGES == WORD_PAGES) };
+        self.words.iter().map(|word| word.count_ones()).enumerate().filter(|(_, pages)| *pages > 0)
+    }
+
+    /// Takes out the pages of all segments but those of which `keep` holds.
+    pub fn retain_segments(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        for (segment, word) in self.words.iter_mut().enumerate() {
+            if *word != 0 && !keep(segment) {
+                *word = 0;
+            }
+        }
+    }
+
     /// Whether no page is in the set.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
@@ -116,24 +133,31 @@ impl PageBitmap {
 
     /// The first run of pages in the set that begins at or after `from`, or the rest of one that covers `from`.
     pub fn next_range(&self, from: u64) -> Option<Range<u64>> {
-        let start = self.find(from, 0)?;
-        Some(start..self.find(start, u64::MAX).unwrap_or(self.pages))
+        self.next_range_within(from..self.pages)
     }
 
-    /// The first page at or after `from` whose bit differs from those of `flip` (0: first set, all ones: first
-    /// clear one), below `pages`.
-    fn find(&self, from: u64, flip: u64) -> Option<u64> {
-        let mut word = from / WORD_PAGES;
-        let mut keep = u64::MAX << (from % WORD_PAGES);
-        loop {
+    /// The same, cut to `within`; looks at the words of `within` only.
+    pub fn next_range_within(&self, within: Range<u64>) -> Option<Range<u64>> {
+        let within = within.start..within.end.min(self.pages);
+        let start = self.find(within.clone(), 0)?;
+        let end = within.end;
+        Some(start..self.find(start..end, u64::MAX).unwrap_or(end))
+    }
+
+    /// The first page of `within` whose bit differs from those of `flip` (0: first set, all ones: first clear one).
+    fn find(&self, within: Range<u64>, flip: u64) -> Option<u64> {
+        let mut word = within.start / WORD_PAGES;
+        let mut keep = u64::MAX << (within.start % WORD_PAGES);
+        while word * WORD_PAGES < within.end {
             let bits = (self.words.get(usize::try_from(word).ok()?)? ^ flip) & keep;
             if bits != 0 {
                 let page = word * WORD_PAGES + u64::from(bits.trailing_zeros());
-                return (page < self.pages).then_some(page);
+                return (page < within.end).then_some(page);
             }
             word += 1;
             keep = u64::MAX;
         }
+        None
     }
 
     /// Adds the pages of `other`.
@@ -278,6 +302,15 @@ mod test {
             prop_assert_eq!(pages_of(&a), oracle_a.clone());
             prop_assert_eq!(a.count(), oracle_a.len() as u64);
             prop_assert_eq!(a.iter_ranges().collect::<Vec<_>>(), runs(&oracle_a));
+            let within = gone.0..gone.0 + gone.1;
+            let inside: BTreeSet<u64> = oracle_a.iter().copied().filter(|page| within.contains(page)).collect();
+            prop_assert_eq!(a.next_range_within(within.clone()), runs(&inside).first().cloned());
+            let counted: u64 = a.segments().map(|(_, pages)| u64::from(pages)).sum();
+            prop_assert_eq!(counted, a.count());
+            let mut odd = a.clone();
+            odd.retain_segments(|segment| segment % 2 == 1);
+            let kept = oracle_a.iter().copied().filter(|page| page / WORD_PAGES % 2 == 1).collect();
+            prop_assert_eq!(pages_of(&odd), kept);
 
             let mut merged = a.clone();
             merged.merge(&b);

@@ -1,17 +1,17 @@
-//! From a set of pages to frames: the plan of a round, and the worker that encodes one group after another.
+//! From pieces of a round to frames: the worker that encodes one group of pages after another.
 //!
 //! ```text
-//!  PageBitmap ──► Plan ──group of ≤ 64 pages──► Worker: pread → zero scan → words → zstd? → frame
-//!                  └──holes (never read)──► zero frames
+//!  Plan ──group of ≤ 64 pages──► Worker: pread → zero scan → words → zstd? → frame
+//!    └────holes (never read)───► zero frames
 //! ```
 //!
 //! Invariants
-//! * Every page of the set is in exactly one frame of the round; a page is zero or data by the bytes that were
-//!   read, and the frame's check is over those same bytes.
+//! * Every page of a piece is in exactly one frame; a page is zero or data by the bytes that were read, and the frame's
+//!   check is over those same bytes. Runs within a frame ascend: a piece that lies before the last one begins a new frame.
 //! * A group is at most [`GROUP_PAGES`] pages of one block, ascending, so that it stays in the processor's cache
 //!   between its read and its encoding, and holds up an urgent frame for no more than about 2 ms at 1 Gbit/s.
 //!
-//! Not here: threads and the socket (`source`), whether to compress (`engine::block::encode`).
+//! Not here: which pages, in which order (`plan`), threads and the socket (`source`), whether to compress (`engine::block::encode`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,11 +23,10 @@ use whimbrel_wire::peer::memory::{self as wire, Encoding, RoundCounts, Run};
 
 use crate::codec::{Compressor, is_zero, words};
 use crate::error::Result;
-use crate::memory::bitmap::{PAGE_BYTES, PageBitmap};
+use crate::memory::bitmap::PAGE_BYTES;
+use crate::memory::plan::{GROUP_PAGES, Piece};
 use crate::memory::ram::RamFile;
 
-/// Pages that are read, and compressed, together.
-pub const GROUP_PAGES: usize = 64;
 /// A zero frame is sent when it has so many runs.
 const ZERO_RUNS: usize = 1024;
 
@@ -37,118 +36,8 @@ pub fn thread_cpu_s() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-fn run(pages: Range<u64>) -> Run {
-    // A block has fewer than 2^32 pages: `RamFile` refuses others.
-    let first_page = u32::try_from(pages.start).unwrap_or(u32::MAX);
-    Run { first_page, pages: u32::try_from(pages.end - pages.start).unwrap_or(0) }
-}
-
 fn range(run: &Run) -> Range<u64> {
     u64::from(run.first_page)..u64::from(run.first_page) + u64::from(run.pages)
-}
-
-/// What a round still has to send, in order of blocks and pages.
-pub struct Plan {
-    blocks: Arc<[RamFile]>,
-    left: Vec<PageBitmap>,
-    /// Where in `left` the next piece is looked for.
-    block: usize,
-    page: u64,
-    /// Known to be data, not handed out yet.
-    data: Range<u64>,
-    look_for_holes: bool,
-    /// The extent with data of the current block that was found last; pages left out make many pieces of one, and
-    /// each look for its end would go over all of it.
-    extent: Range<u64>,
-}
-
-/// A piece of a round; its runs are of one block, ascending.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece {
-    /// At most [`GROUP_PAGES`] pages to read of the block with this index.
-    Group(u16),
-    /// Pages that are holes in the block with this index.
-    Holes(u16),
-}
-
-impl Plan {
-    /// The plan to send `pages`, one set for each block. Holes are worth looking for in a round of whole blocks;
-    /// what a guest has written is none.
-    pub fn new(blocks: Arc<[RamFile]>, pages: &[PageBitmap], look_for_holes: bool) -> Self {
-        Self { blocks, left: pages.to_vec(), block: 0, page: 0, data: 0..0, look_for_holes, extent: 0..0 }
-    }
-
-    /// The next piece, its pages in `runs`.
-    pub fn next(&mut self, runs: &mut Vec<Run>) -> Result<Option<Piece>> {
-        runs.clear();
-        let mut room = GROUP_PAGES as u64;
-        while room > 0 {
-            if self.data.is_empty() {
-                let Some((holes, data)) = self.look()? else { break };
-                if !holes.is_empty() {
-                    if !runs.is_empty() {
-                        break;
-                    }
-                    self.page = holes.end;
-                    runs.push(run(holes));
-                    return Ok(Some(Piece::Holes(self.index())));
-                }
-                if data.is_empty() {
-                    // The block has no more: a group does not reach into the next one.
-                    if !runs.is_empty() {
-                        break;
-                    }
-                    (self.block, self.page, self.extent) = (self.block + 1, 0, 0..0);
-                    continue;
-                }
-                self.page = data.end;
-                self.data = data;
-            }
-            let end = self.data.end.min(self.data.start + room);
-            room -= end - self.data.start;
-            runs.push(run(self.data.start..end));
-            self.data.start = end;
-        }
-        Ok((!runs.is_empty()).then_some(Piece::Group(self.index())))
-    }
-
-    /// Leaves out these pages, one set for each block, as far as they were not handed out; how many that are.
-    pub fn skip(&mut self, pages: &[PageBitmap]) -> u64 {
-        let left = |plan: &Self| plan.left.iter().skip(plan.block).map(PageBitmap::count).sum::<u64>();
-        if !self.data.is_empty() {
-            (self.page, self.data) = (self.data.start, 0..0);
-        }
-        // What was handed out is still in the sets.
-        if let Some(current) = self.left.get_mut(self.block) {
-            current.clear_range(0, self.page);
-        }
-        let before = left(self);
-        for (left, skipped) in self.left.iter_mut().zip(pages).skip(self.block) {
-            left.subtract(skipped);
-        }
-        before - left(self)
-    }
-
-    /// What comes next in the current block: holes, then data; both empty at its end; nothing after the last block.
-    fn look(&mut self) -> Result<Option<(Range<u64>, Range<u64>)>> {
-        let (Some(left), Some(ram)) = (self.left.get(self.block), self.blocks.get(self.block)) else {
-            return Ok(None);
-        };
-        let Some(dirty) = left.next_range(self.page) else { return Ok(Some((0..0, 0..0))) };
-        if !self.look_for_holes {
-            return Ok(Some((0..0, dirty)));
-        }
-        if dirty.start >= self.extent.end {
-            // Behind the last data there is an extent too: an empty one at the end.
-            self.extent = ram.next_data(dirty.start, ram.pages())?.unwrap_or(ram.pages()..u64::MAX);
-        }
-        let data = dirty.start.max(self.extent.start).min(dirty.end)..dirty.end.min(self.extent.end);
-        Ok(Some((dirty.start..data.start, data)))
-    }
-
-    fn index(&self) -> u16 {
-        u16::try_from(self.block).unwrap_or(u16::MAX)
-    }
 }
 
 /// What a worker did in a round.
@@ -230,7 +119,11 @@ impl Worker {
         match piece {
             Piece::Holes(block) => runs.iter().for_each(|holes| self.add_zero(block, *holes, out)),
             Piece::Group(block) => {
-                if block != self.data_block {
+                let ascends = match (self.data_runs.last(), runs.first()) {
+                    (Some(last), Some(first)) => range(last).end <= range(first).start,
+                    _ => true,
+                };
+                if block != self.data_block || !ascends {
                     self.flush_data(out)?;
                     self.data_block = block;
                 }
@@ -291,7 +184,8 @@ impl Worker {
     }
 
     fn add_zero(&mut self, block: u16, zero: Run, out: &mut Vec<u8>) {
-        if block != self.zero_block || self.zero_runs.len() >= ZERO_RUNS {
+        let ascends = self.zero_runs.last().is_none_or(|last| range(last).end <= range(&zero).start);
+        if block != self.zero_block || self.zero_runs.len() >= ZERO_RUNS || !ascends {
             self.flush_zero(out);
             self.zero_block = block;
         }

@@ -26,14 +26,16 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 use whimbrel_engine::memory::precopy::Round;
+use whimbrel_engine::memory::rank::Classes;
 use whimbrel_wire::peer::memory::{BlockShape, Control, RoundCounts, Run};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::bitmap::PageBitmap;
-use crate::memory::encoder::{Plan, Work, Worker};
+use crate::memory::encoder::{Work, Worker};
 use crate::memory::frames::{read_control, write_control};
 use crate::memory::limit::Limiter;
 use crate::memory::pace::{Pace, cores};
+use crate::memory::plan::Plan;
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
 
@@ -96,7 +98,7 @@ pub struct RoundReport {
 
 impl RoundReport {
     /// The round as the engine judges it, with what is dirty now.
-    pub fn to_engine(&self, dirty_pages: u64, hot_pages: u64, disk_tail_bytes: u64) -> Round {
+    pub fn to_engine(&self, dirty_pages: u64, disk_tail_bytes: u64) -> Round {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Round {
             data_pages: self.counts.data_pages,
@@ -104,7 +106,6 @@ impl RoundReport {
             throttled_us: us(self.throttled),
             link_bytes_s: self.link_bytes_s,
             dirty_pages,
-            hot_pages,
             disk_tail_bytes,
         }
     }
@@ -120,6 +121,8 @@ pub struct Source<S> {
     workers: Vec<Worker>,
     spare_buffers: Arc<Mutex<Vec<Vec<u8>>>>,
     progress: Progress,
+    /// How often what changes, for each block; see [`Self::rank`].
+    classes: Vec<Classes>,
     round: u32,
     /// A round was begun and not finished: the stream is somewhere in the middle.
     broken: bool,
@@ -144,6 +147,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
             pace,
             spare_buffers: Arc::default(),
             progress,
+            classes: Vec::new(),
             round: 0,
             broken: false,
             blocks,
@@ -168,6 +172,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
     /// Full sets, one for each block: the first round.
     pub fn full_sets(&self) -> Vec<PageBitmap> {
         self.blocks.iter().map(|ram| PageBitmap::full(ram.pages())).collect()
+    }
+
+    /// From the next round on, pages are sent in this order: what changes least first. One element for each block.
+    pub fn rank(&mut self, classes: Vec<Classes>) {
+        self.classes = classes;
     }
 
     /// Sends the pages of `sets` (one set for each block) and waits until the target has them. `last` says that the
@@ -255,7 +264,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         rewritten: Option<Rewritten<'_>>,
     ) -> Result<(RoundReport, Work)> {
         self.say(&Control::RoundBegin { last }).await?;
-        let plan = Plan::new(Arc::clone(&self.blocks), sets, self.round == 1);
+        let plan = Plan::new(Arc::clone(&self.blocks), sets, &self.classes, self.round == 1);
         let plan = Arc::new(Mutex::new(plan));
         let (sender, receiver) = mpsc::channel(QUEUE_FRAMES);
         let threads = self.start_workers(&plan, &sender);

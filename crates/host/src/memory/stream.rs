@@ -168,7 +168,6 @@ impl Source {
             throttled_us: 0,
             link_bytes_s,
             dirty_pages: now.remaining_bytes / 4096,
-            hot_pages: 0,
             disk_tail_bytes: 0,
         }
     }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt as _;
 use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
+use whimbrel_engine::memory::rank::{self, Classes, Ranking};
 use whimbrel_wire::Name;
 use whimbrel_wire::peer::migrate::{LayerHave, LayerHead, PullHead};
 use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
@@ -66,6 +67,9 @@ struct Block {
     by_disks: Arc<SharedDirty>,
     dirty: PageBitmap,
     before: PageBitmap,
+    ranking: Ranking,
+    /// When it was last looked for written pages; the first look finds what exists, which says nothing of change.
+    looked: Option<Instant>,
 }
 
 impl Block {
@@ -74,6 +78,9 @@ impl Block {
         let mut fresh = PageBitmap::new(self.dirty.pages());
         self.tracker.scan(&mut fresh)?;
         self.by_disks.drain_into(&mut fresh);
+        if let Some(looked) = self.looked.replace(Instant::now()) {
+            self.ranking.observe(looked.elapsed().as_secs_f64(), fresh.segments());
+        }
         self.dirty.merge(&fresh);
         Ok(fresh)
     }
@@ -130,39 +137,56 @@ impl MemoryCopy {
         let tracker = Tracker::attach(vm.process.pid(), injected.uffd, &file, &block.mappings)?;
         let ram = RamFile::open_source(block.name.clone(), path)?;
         let source = Source::open(stream, vec![ram], options, progress).await?;
-        let block =
-            Block { tracker, by_disks, dirty: PageBitmap::new(pages), before: PageBitmap::new(pages) };
+        let block = Block {
+            tracker,
+            by_disks,
+            dirty: PageBitmap::new(pages),
+            before: PageBitmap::new(pages),
+            ranking: Ranking::new(pages),
+            looked: None,
+        };
         Ok(Self { blocks: vec![block], source })
     }
 
-    /// Adds what was written since the last scan; pages, and those of them that were in the set before, too.
-    fn scan(&mut self) -> Result<(u64, u64)> {
-        let (mut dirty, mut hot) = (0, 0);
+    /// Adds what was written since the last scan; how many pages are dirty now.
+    fn scan(&mut self) -> Result<u64> {
+        let mut dirty = 0;
         for block in &mut self.blocks {
             block.written()?;
             dirty += block.dirty.count();
-            let mut both = block.dirty.clone();
-            both.intersect(&block.before);
-            hot += both.count();
         }
-        Ok((dirty, hot))
+        Ok(dirty)
     }
 
-    /// Sends what is dirty, except (if `withhold`) what was dirty the round before, too.
-    async fn round(&mut self, withhold: bool, last: bool) -> Result<RoundReport> {
-        let mut sets = Vec::with_capacity(self.blocks.len());
-        for block in &mut self.blocks {
-            let mut set = block.dirty.take();
-            let all = set.clone();
-            if withhold {
-                let mut hot = set.clone();
-                hot.intersect(&block.before);
-                set.subtract(&hot);
-                block.dirty = hot;
+    /// Sends what is dirty. Of pages that were dirty the round before, too, the most often written are kept for a later
+    /// round, up to `withhold_pages` of them.
+    async fn round(&mut self, withhold_pages: u64, last: bool) -> Result<RoundReport> {
+        let classes: Vec<Classes> = self.blocks.iter().map(|block| block.ranking.classes()).collect();
+        let again = |block: &Block| {
+            let mut again = block.dirty.clone();
+            again.intersect(&block.before);
+            again
+        };
+        let floor = if withhold_pages > 0 {
+            let mut count = [0; rank::CLASSES];
+            for (block, classes) in self.blocks.iter().zip(&classes) {
+                classes.count(again(block).segments(), &mut count);
             }
-            block.before = all;
+            rank::withhold_from(&count, withhold_pages)
+        } else {
+            None
+        };
+        let mut sets = Vec::with_capacity(self.blocks.len());
+        for (block, classes) in self.blocks.iter_mut().zip(&classes) {
+            let mut hot = again(block);
+            hot.retain_segments(|segment| floor.is_some_and(|floor| classes.of(segment) >= floor));
+            let mut set = block.dirty.take();
+            block.before = set.clone();
+            set.subtract(&hot);
+            block.dirty = hot;
             sets.push(set);
         }
+        self.source.rank(classes);
         if last {
             return self.source.send_round(&sets, true).await;
         }
@@ -174,7 +198,7 @@ impl MemoryCopy {
     /// The last round: the guest stands still.
     pub async fn last_round(&mut self) -> Result<RoundReport> {
         self.scan()?;
-        self.round(false, true).await
+        self.round(0, true).await
     }
 
     /// Compares the hashes of all RAM at both ends.
@@ -347,8 +371,8 @@ pub struct Copying {
 pub enum After {
     /// Not yet.
     GoOn {
-        /// Leave for the last round what is dirty every time.
-        withhold_hot: bool,
+        /// Leave so many of the pages that are dirty every time for the last round.
+        withhold_pages: u64,
     },
     /// The rest fits the downtime limit.
     Fits,
@@ -358,7 +382,7 @@ impl Copying {
     /// One round of memory and layers (mode A).
     pub async fn round(
         &mut self,
-        withhold: &mut bool,
+        withhold_pages: &mut u64,
         task: &TaskHandle,
         progress: &Progress,
         layer_bytes: &mut u64,
@@ -370,14 +394,17 @@ impl Copying {
         if progress.get().round == 0 {
             memory.scan()?;
         }
-        let report = memory.round(*withhold, false).await?;
+        let report = memory.round(*withhold_pages, false).await?;
         *layer_bytes += layers_pass(&mut self.layers, &mut self.maps).await?;
         if let Some(rest) = ROUND_MIN.checked_sub(started.elapsed()) {
             tokio::time::sleep(rest).await;
         }
-        let (dirty, hot) = memory.scan()?;
-        let after = self.judge(report.to_engine(dirty, hot, 0), task, progress)?;
-        *withhold = matches!(after, After::GoOn { withhold_hot: true });
+        let dirty = memory.scan()?;
+        let after = self.judge(report.to_engine(dirty, 0), task, progress)?;
+        *withhold_pages = match after {
+            After::GoOn { withhold_pages } => withhold_pages,
+            After::Fits => 0,
+        };
         Ok(after)
     }
 
@@ -393,7 +420,7 @@ impl Copying {
             task.figure("dirty_bytes", (round.dirty_pages * crate::memory::PAGE_BYTES as u64) as f64);
         }
         match decision {
-            Decision::Continue { withhold_hot } => Ok(After::GoOn { withhold_hot }),
+            Decision::Continue { withhold_pages } => Ok(After::GoOn { withhold_pages }),
             Decision::Pause { estimate_ms, .. } => {
                 tracing::debug!(estimate_ms, dirty = round.dirty_pages, disk_tail_bytes, "the rest fits");
                 Ok(After::Fits)

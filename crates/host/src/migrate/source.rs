@@ -344,11 +344,13 @@ impl SourceSide {
             *guard = Some(self.begin_copy().await?);
         }
         let Some(copying) = guard.as_mut() else { return Ok(()) };
-        let mut withhold = false;
+        let mut withhold_pages = 0;
         let mut layer_bytes = self.layer_bytes.load(Ordering::Relaxed);
         while !self.stop_copy.load(Ordering::Acquire) {
             let after = match self.offer.mode {
-                Mode::A => copying.round(&mut withhold, &self.task, &self.progress, &mut layer_bytes).await?,
+                Mode::A => {
+                    copying.round(&mut withhold_pages, &self.task, &self.progress, &mut layer_bytes).await?
+                }
                 Mode::B => self.qemu_round(copying, &mut layer_bytes).await?,
             };
             self.layer_bytes.store(layer_bytes, Ordering::Relaxed);
@@ -369,7 +371,7 @@ impl SourceSide {
             tokio::select! {
                 step = source.next_round() => step?,
                 // The order to pause, or to undo, must not wait for a round of QEMU's.
-                () = self.order.notified() => return Ok(After::GoOn { withhold_hot: false }),
+                () = self.order.notified() => return Ok(After::GoOn { withhold_pages: 0 }),
             }
         };
         match step {

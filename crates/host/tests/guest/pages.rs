@@ -49,7 +49,7 @@ async fn rounds_over_a_stream_move_a_writing_guest_with_equal_ram() {
             sets = source.empty_sets();
             tracker.scan(&mut sets[0]).unwrap();
             println!("{qemu}: {report:?}, then {:?}", sets[0]);
-            match precopy.after_round(&report.to_engine(sets[0].count(), 0, 0)) {
+            match precopy.after_round(&report.to_engine(sets[0].count(), 0)) {
                 Decision::Continue { .. } => {}
                 Decision::Pause { .. } => break,
                 Decision::NotConverging(stuck) => panic!("{stuck}"),
