@@ -16,6 +16,7 @@ mod files;
 mod formats;
 mod iotests;
 mod kill;
+mod live;
 mod memory;
 mod nbd;
 mod no_space;

@@ -13,8 +13,8 @@
 //! * Cancel is a wish: the work undoes itself and then ends as `Cancelled`.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use whimbrel_wire::api::{Task, TaskKind, TaskState};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Limiter;
 
 /// How many ended tasks are remembered.
 pub const ENDED_KEPT_MAX: usize = 200;
@@ -45,6 +46,7 @@ struct Entry {
     id: u64,
     state: Mutex<State>,
     cancel: watch::Sender<bool>,
+    limiter: OnceLock<Arc<Limiter>>,
     ended: watch::Sender<bool>,
 }
 
@@ -82,6 +84,7 @@ impl Tasks {
             id,
             state: Mutex::new(State { task, window: (Instant::now(), 0) }),
             cancel: watch::Sender::new(false),
+            limiter: OnceLock::new(),
             ended: watch::Sender::new(false),
         });
         self.shared.tasks.lock().insert(id, Arc::clone(&entry));
@@ -109,6 +112,25 @@ impl Tasks {
             ));
         }
         entry.cancel.send_replace(true);
+        Ok(())
+    }
+
+    /// Changes the most that a task may send, bytes per second, from now on; `None` lifts the limit. Fails with kind
+    /// `Unsupported` for work that has no such limit.
+    pub fn limit(&self, id: u64, bytes_s: Option<u64>) -> Result<()> {
+        let entry = self.entry(id)?;
+        let refuse = |kind, why: &str| Err(Error::new(kind, format!("limit task {id}: {why}")));
+        if bytes_s == Some(0) {
+            return refuse(ErrorKind::InvalidInput, "nothing would ever be sent");
+        }
+        if entry.state.lock().task.state.is_final() {
+            return refuse(ErrorKind::InvalidInput, "it has ended already");
+        }
+        let Some(limiter) = entry.limiter.get() else {
+            return refuse(ErrorKind::Unsupported, "this kind of work sends without a limit");
+        };
+        limiter.set(bytes_s);
+        self.shared.announce();
         Ok(())
     }
 
@@ -211,6 +233,16 @@ impl TaskHandle {
         });
     }
 
+    /// The seconds that are left, where the work knows better than its rate of bytes says.
+    pub fn time_left(&self, seconds: u64) {
+        self.change(|state| state.task.eta_s = Some(seconds));
+    }
+
+    /// The limit on what the work sends; others may change it from now on. Only the first one counts.
+    pub fn limited_by(&self, limiter: Arc<Limiter>) {
+        let _ = self.entry.limiter.set(limiter);
+    }
+
     /// Bytes sent to other hosts so far.
     pub fn wire_bytes(&self, bytes: u64) {
         self.change(|state| state.task.wire_bytes = bytes);
@@ -304,6 +336,25 @@ mod test {
         assert_eq!(task.state, TaskState::Cancelled);
         assert_eq!(task.phase, "start");
         assert!(tasks.cancel(id).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_limit_is_changed_while_somebody_waits_for_it() {
+        let tasks = Tasks::default();
+        let handle = tasks.start(TaskKind::Migrate, "vm a");
+        let kind = |result: Result<()>| result.unwrap_err().kind();
+        assert_eq!(kind(tasks.limit(handle.id(), None)), ErrorKind::Unsupported);
+        let limiter = Arc::new(Limiter::new(Some(10)));
+        handle.limited_by(Arc::clone(&limiter));
+        assert_eq!(kind(tasks.limit(handle.id(), Some(0))), ErrorKind::InvalidInput);
+        limiter.pass(1 << 20).await;
+        let waits = tokio::spawn(async move { limiter.pass(1).await });
+        tokio::task::yield_now().await;
+        assert!(!waits.is_finished());
+        tasks.limit(handle.id(), None).unwrap();
+        waits.await.unwrap();
+        handle.end(&Ok(()));
+        assert_eq!(kind(tasks.limit(handle.id(), None)), ErrorKind::InvalidInput);
     }
 
     #[test]

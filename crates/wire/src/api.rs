@@ -171,7 +171,7 @@ pub struct Task {
     pub total_bytes: u64,
     /// Recent speed.
     pub rate_bytes_s: u64,
-    /// Time left at that speed.
+    /// Time left, as far as known.
     pub eta_s: Option<u64>,
     /// How long the VM stood still, once known.
     pub downtime_ms: Option<f64>,
@@ -187,6 +187,14 @@ pub struct Task {
     /// Further figures by name (rounds, pages, compressed bytes, …).
     #[serde(default)]
     pub figures: std::collections::BTreeMap<String, f64>,
+}
+
+/// Changes the limit of a task that runs.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+pub struct TaskLimit {
+    /// The most that it may send from now on, bytes per second; without it, no limit.
+    #[serde(default)]
+    pub bandwidth_bytes_s: Option<u64>,
 }
 
 /// Bytes read, by where they came from.

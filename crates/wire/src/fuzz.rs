@@ -394,6 +394,7 @@ fuzz! {
         json::<api::ClusterInit>(bytes);
         json::<api::TokenMake>(bytes);
         json::<api::Task>(bytes);
+        json::<api::TaskLimit>(bytes);
         json::<api::Vm>(bytes);
         json::<api::Image>(bytes);
         json::<api::Volume>(bytes);

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, memory, nbd,
+    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, live, memory, nbd,
     no_space, on_demand, resize, snapshots, swarm,
 };
 use crate::cmd::output;
@@ -16,7 +16,7 @@ use crate::qmp::Qmp;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
-pub const ANY_VERSION: [&str; 7] = [
+pub const ANY_VERSION: [&str; 8] = [
     "eight hosts boot",
     "an agent's memory",
     "formats of others",
@@ -24,14 +24,16 @@ pub const ANY_VERSION: [&str; 7] = [
     "no space",
     "snapshots are made",
     "turns out to be forbidden",
+    "steered while they run",
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 27] = [
+pub const ALL: [Scenario; 28] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
     ("a TCP connection survives a move", tcp_survives),
+    ("moves are steered while they run", live::moves_are_steered),
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),
     ("a disk follows its VM, whichever agent is killed meanwhile", on_demand::a_disk_follows_its_vm),

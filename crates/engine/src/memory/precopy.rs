@@ -150,7 +150,8 @@ pub struct Precopy {
     rounds: u32,
     page_s: Option<f64>,
     dirty_pages_s: Option<f64>,
-    dirty_pages: u64,
+    /// The pause that the last round led to.
+    pause_ms: Option<f64>,
     best_ms: f64,
     rounds_without_progress: u32,
     us_without_progress: u64,
@@ -165,7 +166,7 @@ impl Precopy {
             rounds: 0,
             page_s: None,
             dirty_pages_s: None,
-            dirty_pages: 0,
+            pause_ms: None,
             best_ms: f64::INFINITY,
             rounds_without_progress: 0,
             us_without_progress: 0,
@@ -176,7 +177,8 @@ impl Precopy {
     /// Takes in a finished round and decides.
     pub fn after_round(&mut self, round: &Round) -> Decision {
         self.observe(round);
-        let estimate_ms = self.pause_ms(round.dirty_pages, round);
+        let estimate_ms = self.pause_of(round.dirty_pages, round);
+        self.pause_ms = Some(estimate_ms);
         if estimate_ms <= self.policy.downtime_limit_ms as f64 {
             let more = self.worth_polishing(estimate_ms, round) && self.rounds < self.policy.rounds_max;
             if !more {
@@ -203,17 +205,18 @@ impl Precopy {
         Decision::Continue { withhold_pages: self.withhold_pages(round) }
     }
 
-    /// The milliseconds until the pause is over if all goes on as it does, with `left_pages` of the running round
-    /// still to be sent; nothing if it does not converge, or before the first round is under way.
-    pub fn eta_ms(&self, left_pages: u64) -> Option<u64> {
+    /// The nanoseconds until the pause begins for each page that the running round still has to send, if all goes on as it
+    /// does; nothing if it does not converge, or before the first round is over.
+    pub fn page_left_ns(&self) -> Option<u64> {
         let page_s = self.page_s?;
         let growth = self.dirty_pages_s.unwrap_or(0.0) * page_s;
-        if growth >= 0.95 {
-            return None;
-        }
         // Each round sends what the one before let dirty: a geometric series.
-        let seconds = left_pages as f64 * page_s / (1.0 - growth);
-        Some((seconds * 1e3) as u64 + self.policy.fixed_ms)
+        (growth < 0.95).then(|| (page_s / (1.0 - growth) * 1e9) as u64)
+    }
+
+    /// How long the pause would be if it began now, milliseconds; nothing before the first round is over.
+    pub fn expected_pause_ms(&self) -> Option<u64> {
+        self.pause_ms.map(|pause_ms| pause_ms.ceil() as u64)
     }
 
     /// Rounds taken in so far.
@@ -237,10 +240,9 @@ impl Precopy {
             let rate = round.dirty_pages as f64 / (round.duration_us as f64 / 1e6);
             self.dirty_pages_s = mean(self.dirty_pages_s, rate);
         }
-        self.dirty_pages = round.dirty_pages;
     }
 
-    fn pause_ms(&self, pages: u64, round: &Round) -> f64 {
+    fn pause_of(&self, pages: u64, round: &Round) -> f64 {
         self.policy.fixed_ms as f64 + self.copy_ms(pages) + disk_ms(round)
     }
 
@@ -254,13 +256,13 @@ impl Precopy {
         // Of pages that came back in the last, longer round some will not come back in this one; if they do, the rate
         // that is measured next says so.
         let next_pages = self.dirty_pages_s.unwrap_or(0.0) * copy_ms / 1e3;
-        let next_ms = self.pause_ms(next_pages as u64, round);
+        let next_ms = self.pause_of(next_pages as u64, round);
         self.polish_rounds < POLISH_ROUNDS_MAX && copy_ms > POLISH_FLOOR_MS && next_ms < estimate_ms * WORTH
     }
 
     /// How many pages fit the withheld ones' part of the pause.
     fn withhold_pages(&self, round: &Round) -> u64 {
-        let room_ms = self.policy.downtime_limit_ms as f64 * HOT_SHARE - self.pause_ms(0, round);
+        let room_ms = self.policy.downtime_limit_ms as f64 * HOT_SHARE - self.pause_of(0, round);
         // Casts saturate: no room is no pages.
         (room_ms / self.copy_ms(1)) as u64
     }
@@ -443,14 +445,15 @@ mod test {
     #[test]
     fn time_left_is_unknown_when_nothing_converges() {
         let mut copy = Precopy::new(Policy::new(100));
-        assert_eq!(copy.eta_ms(1000), None);
+        assert_eq!((copy.page_left_ns(), copy.expected_pause_ms()), (None, None));
         let round =
             Round { data_pages: 100_000, duration_us: 3_400_000, dirty_pages: 20_000, ..Round::default() };
         let _ = copy.after_round(&round);
-        let eta_ms = copy.eta_ms(20_000).unwrap();
+        let left_ms = copy.page_left_ns().unwrap() * 20_000 / 1_000_000;
         // 20,000 pages take 680 ms, during which a fifth of them is written again, and so on.
-        assert!((850..900).contains(&eta_ms), "{eta_ms}");
+        assert!((840..860).contains(&left_ms), "{left_ms}");
+        assert_eq!(copy.expected_pause_ms(), Some(710));
         let _ = copy.after_round(&Round { dirty_pages: 200_000, ..round });
-        assert_eq!(copy.eta_ms(200_000), None);
+        assert_eq!(copy.page_left_ns(), None);
     }
 }

@@ -1,6 +1,6 @@
 //! How far a move of memory is, for people and for the engine; the same figures in both modes.
 //!
-//! Not here: time left (`engine::memory::precopy`), the task's state (`task`).
+//! Not here: the estimates of pause and time left (`engine::memory::precopy`), the task's state (`task`).
 
 use std::sync::Arc;
 
@@ -33,6 +33,17 @@ pub struct Figures {
     pub link_bytes_s: u64,
     /// Bytes per second that the guest writes; 0 before it was measured.
     pub dirty_bytes_s: u64,
+    /// How long the pause would be if it began now; none before the first round is over.
+    pub expected_pause_ms: Option<u64>,
+    /// Nanoseconds until the pause for each of `left_pages`; none while that is unknown or nothing converges.
+    pub page_left_ns: Option<u64>,
+}
+
+impl Figures {
+    /// The seconds until the pause, rounded up; none while nobody knows.
+    pub fn left_s(&self) -> Option<u64> {
+        Some(self.left_pages.saturating_mul(self.page_left_ns?).div_ceil(1_000_000_000))
+    }
 }
 
 impl Progress {

@@ -39,7 +39,7 @@ use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
 use crate::memory::source::{RoundReport, Source, SourceOptions};
-use crate::memory::{PageBitmap, Progress, RamFile, SharedDirty};
+use crate::memory::{Limiter, PageBitmap, Progress, RamFile, SharedDirty};
 use crate::task::TaskHandle;
 use crate::vm::LocalVm;
 
@@ -98,6 +98,7 @@ pub struct LayerCopy {
     pub volume: Name,
     layer: Arc<Layer>,
     stream: PeerStream,
+    limiter: Arc<Limiter>,
     position: ShipPosition,
     end: Option<ShipEnd>,
     _hold: ReclaimHold,
@@ -217,11 +218,11 @@ impl MemoryCopy {
 }
 
 impl LayerCopy {
-    /// A layer whose stream is open.
-    pub fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream) -> Self {
+    /// A layer whose stream is open. The limit holds until the guest stands still.
+    pub fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream, limiter: Arc<Limiter>) -> Self {
         let position = layer.ship_from();
         let _hold = layer.hold_reclaim();
-        Self { volume, layer, stream, position, end: None, _hold }
+        Self { volume, layer, stream, limiter, position, end: None, _hold }
     }
 
     /// Bytes that the target lacks.
@@ -241,6 +242,10 @@ impl LayerCopy {
             };
             let (chunk, next) = blocking("read a layer", read).await?;
             let Some(chunk) = chunk else { break };
+            // The end of a layer is known when nobody writes it any more: a guest waits.
+            if self.end.is_none() {
+                self.limiter.pass(chunk.bytes().len()).await;
+            }
             data::write_piece(&mut self.stream, chunk.bytes()).await?;
             sent += chunk.bytes().len() as u64;
             self.position = next;
@@ -413,7 +418,11 @@ impl Copying {
         let disk_tail_bytes = self.layers.iter().map(LayerCopy::left_bytes).sum();
         let round = Round { disk_tail_bytes, ..round };
         let decision = self.precopy.after_round(&round);
-        progress.update(|figures| figures.dirty_bytes_s = self.precopy.dirty_bytes_s());
+        progress.update(|figures| {
+            figures.dirty_bytes_s = self.precopy.dirty_bytes_s();
+            figures.expected_pause_ms = self.precopy.expected_pause_ms();
+            figures.page_left_ns = self.precopy.page_left_ns();
+        });
         #[expect(clippy::cast_precision_loss, reason = "figures for people")]
         {
             task.figure("rounds", f64::from(self.precopy.rounds()));

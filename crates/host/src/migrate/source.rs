@@ -142,11 +142,13 @@ impl SourceSide {
             None => (None, None, None),
         };
         let (events, queue) = driver::queue::<Source>();
+        let limiter = Arc::new(Limiter::new(bandwidth_bytes_s));
+        task.limited_by(Arc::clone(&limiter));
         let side = Arc::new(Self {
             shared: Arc::clone(shared),
             offer: machine.offer().clone(),
             downtime_limit_ms,
-            limiter: Arc::new(Limiter::new(bandwidth_bytes_s)),
+            limiter,
             control: control::Sender::default(),
             events: events.clone(),
             task,
@@ -227,12 +229,18 @@ impl SourceSide {
         if counts.is_empty() {
             let left = figures.left_pages * crate::memory::PAGE_BYTES as u64;
             self.task.progress(figures.total_bytes.saturating_sub(left), figures.total_bytes);
+            if let Some(left_s) = figures.left_s() {
+                self.task.time_left(left_s);
+            }
         } else {
             // What the guest overwrites before it is fetched is never handed out.
             let follow = self.follow_bytes.load(Ordering::Relaxed);
             self.task.progress(handed_out, follow.max(handed_out));
         }
         self.task.wire_bytes(figures.wire_bytes + layers);
+        if let Some(pause_ms) = figures.expected_pause_ms {
+            self.task.figure("expected_downtime_ms", pause_ms as f64);
+        }
         #[expect(clippy::cast_precision_loss, reason = "figures for people")]
         for (name, value) in [
             ("data_pages", figures.data_pages),
@@ -286,7 +294,7 @@ impl SourceSide {
                 self.shared.links.stream(&self.offer.target, service::LAYER, &open, OPEN_LIMIT).await?;
             let header = self.shared.vms.volumes().dir().header(lower.disk_id)?;
             let head = LayerHead::from(&header);
-            let copy = LayerCopy::new(record.name.clone(), layer, stream);
+            let copy = LayerCopy::new(record.name.clone(), layer, stream, Arc::clone(&self.limiter));
             let sent = copy.ship_whole(&head, &self.stop_copy).await?;
             self.layer_bytes.fetch_add(sent, Ordering::Relaxed);
         }
@@ -303,7 +311,10 @@ impl SourceSide {
             let layer = self.shared.vms.volumes().open(&record).await?;
             let stream = self.open(service::LAYER, Some(name)).await?;
             match self.offer.disk {
-                DiskMove::Copy => layers.push(LayerCopy::new(name.clone(), layer, stream)),
+                DiskMove::Copy => {
+                    let limiter = Arc::clone(&self.limiter);
+                    layers.push(LayerCopy::new(name.clone(), layer, stream, limiter));
+                }
                 DiskMove::OnDemand => maps.push(LayerMap::new(name.clone(), layer, stream).await?),
             }
         }

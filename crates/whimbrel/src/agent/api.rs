@@ -59,6 +59,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/tasks", get(system::tasks))
         .route("/tasks/{id}", get(system::task))
         .route("/tasks/{id}/cancel", post(system::task_cancel))
+        .route("/tasks/{id}/limit", post(system::task_limit))
         .route("/events", get(system::events))
         .route("/images", get(images::list).post(images::publish))
         .route("/images/{image}", get(images::show).delete(images::remove))

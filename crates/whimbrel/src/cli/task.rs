@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use clap::Subcommand;
-use whimbrel_wire::api::{Task, TaskStarted, TaskState};
-use whimbrel_wire::size::show_bytes;
+use whimbrel_wire::api::{Task, TaskLimit, TaskStarted, TaskState};
+use whimbrel_wire::size::{parse_rate_bytes_s, show_bytes};
 use whimbrel_wire::{ErrorKind, HostId, WireError};
 
 use super::Context;
@@ -27,6 +27,18 @@ pub enum TaskCommand {
     Watch {
         /// Its number.
         id: u64,
+        /// The host that runs it, if it is another one.
+        #[arg(long)]
+        host: Option<HostId>,
+    },
+    /// Limit what a move sends from now on; without --bandwidth it is not limited any more. The time for which its VM
+    /// stands still is not made longer by a limit.
+    Limit {
+        /// Its number.
+        id: u64,
+        /// Most of the link to use, like 1Gbit.
+        #[arg(long, value_name = "RATE", value_parser = parse_rate_bytes_s)]
+        bandwidth: Option<u64>,
         /// The host that runs it, if it is another one.
         #[arg(long)]
         host: Option<HostId>,
@@ -56,6 +68,11 @@ pub async fn run(context: &Context, command: TaskCommand) -> anyhow::Result<()> 
             context.print(&task, describe)
         }
         TaskCommand::Watch { id, host } => follow(context, id, host.as_ref(), false).await,
+        TaskCommand::Limit { id, bandwidth, host } => {
+            let body = TaskLimit { bandwidth_bytes_s: bandwidth };
+            let task: Task = context.client.post(&path(id, "/limit", host.as_ref()), &body).await?;
+            context.print(&task, describe)
+        }
         TaskCommand::Cancel { id, host } => {
             let _: Task = context.client.post(&path(id, "/cancel", host.as_ref()), &()).await?;
             follow_quietly(context, id, host.as_ref()).await

@@ -8,7 +8,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, StreamExt as _};
 use whimbrel_wire::HostId;
-use whimbrel_wire::api::{ClusterInit, Host, HostDrain, HostJoin, Link, Task, Token, TokenMake};
+use whimbrel_wire::api::{ClusterInit, Host, HostDrain, HostJoin, Link, Task, TaskLimit, Token, TokenMake};
 
 use super::{Agent, Answer, JsonBody, answer, text};
 
@@ -71,6 +71,15 @@ pub async fn task(State(agent): State<Arc<Agent>>, Path(id): Path<u64>) -> Answe
 
 pub async fn task_cancel(State(agent): State<Arc<Agent>>, Path(id): Path<u64>) -> Answer<Task> {
     agent.tasks.cancel(id)?;
+    answer(agent.tasks.show(id)?)
+}
+
+pub async fn task_limit(
+    State(agent): State<Arc<Agent>>,
+    Path(id): Path<u64>,
+    JsonBody(limit): JsonBody<TaskLimit>,
+) -> Answer<Task> {
+    agent.tasks.limit(id, limit.bandwidth_bytes_s)?;
     answer(agent.tasks.show(id)?)
 }
 

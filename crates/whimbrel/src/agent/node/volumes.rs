@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use whimbrel_host::records;
 use whimbrel_host::volume::export_as;
 use whimbrel_host::{Error, ErrorKind, Result};
@@ -36,31 +38,36 @@ impl Node {
     /// Checks a volume where its layer is.
     pub async fn volume_check(&self, name: &Name) -> Result<VolumeCheck> {
         let record = self.volume_record(name).await?;
-        if record.right.holder != self.host {
-            return forward::post(self, &record.right.holder, format!("/v1/volumes/{name}/check"), &()).await;
+        if let Some(answer) = self.at_holder(&record, "check", &()).await {
+            return answer;
         }
         self.volumes.check(&record).await
     }
 
-    /// Takes a snapshot of a volume of this host.
+    /// Takes a snapshot of a volume, where it is.
     pub async fn volume_snapshot(&self, name: &Name, request: VolumeSnapshot) -> Result<Volume> {
-        self.refuse_elsewhere(&self.volume_record(name).await?)?;
+        let record = self.volume_record(name).await?;
+        if let Some(answer) = self.at_holder(&record, "snapshot", &request).await {
+            return answer;
+        }
         Ok(self.describe_volume(self.vms.snapshot_volume(name, &request).await?))
     }
 
     /// Limits what the clients of a volume have of it, where it is.
     pub async fn volume_limit(&self, name: &Name, limits: IoLimits) -> Result<Volume> {
         let record = self.volume_record(name).await?;
-        if record.right.holder != self.host {
-            return forward::post(self, &record.right.holder, format!("/v1/volumes/{name}/limit"), &limits)
-                .await;
+        if let Some(answer) = self.at_holder(&record, "limit", &limits).await {
+            return answer;
         }
         Ok(self.describe_volume(self.vms.limit_volume(name, limits).await?))
     }
 
-    /// Makes a volume of this host larger.
+    /// Makes a volume larger, where it is.
     pub async fn volume_resize(&self, name: &Name, request: &VolumeResize) -> Result<Volume> {
-        self.refuse_elsewhere(&self.volume_record(name).await?)?;
+        let record = self.volume_record(name).await?;
+        if let Some(answer) = self.at_holder(&record, "resize", request).await {
+            return answer;
+        }
         Ok(self.describe_volume(self.vms.resize_volume(name, request).await?))
     }
 
@@ -172,6 +179,20 @@ impl Node {
         }
         self.volumes.remove(name).await?;
         Ok(self.describe_volume(record))
+    }
+
+    /// Has the host that holds a volume do what only it can; nothing if that is this one.
+    async fn at_holder<T: DeserializeOwned>(
+        &self,
+        record: &VolumeRecord,
+        action: &str,
+        request: &impl Serialize,
+    ) -> Option<Result<T>> {
+        let (holder, name) = (&record.right.holder, &record.name);
+        if *holder == self.host {
+            return None;
+        }
+        Some(forward::post(self, holder, format!("/v1/volumes/{name}/{action}"), request).await)
     }
 
     fn refuse_elsewhere(&self, record: &VolumeRecord) -> Result<()> {
