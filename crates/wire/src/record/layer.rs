@@ -39,6 +39,8 @@
 //!   parent's next `data_id`, and the link holds with either.
 //! * Versions: a reader refuses a header whose version it does not know, or with an unknown bit in
 //!   `features_required`; unknown bits in `features_ignorable` are kept as they are. Reserved bytes are zero.
+//! * Sequence numbers are 1 to [`COUNT_MAX`], sessions, generations and numbers of
+//!   checkpoints at most that; anything else is damage.
 //! * Space is reclaimed in two ways. Payloads of records of which no block is live may be holes: replay does not read
 //!   payloads below `durable_seq`. Below `first_segment` any segment of which no block is live may be absent: replay
 //!   begins at the checkpoint, which is then written twice (`map.N.copy`) because nothing else has what it says.
@@ -74,6 +76,9 @@ pub const GROUP_PAYLOAD_BYTES: u64 = 1 << 20;
 pub const DISK_BYTES_MAX: u64 = 64 << 40;
 /// Blocks of a segment, unless a test wants it smaller (1 GiB).
 pub const SEGMENT_BLOCKS: u32 = 1 << 18;
+/// The most that a sequence number, a session, a generation or a checkpoint's number may be. No layer gets there in its life; a reader refuses a
+/// file that says more, so that counting on from what a file says never wraps.
+pub const COUNT_MAX: u64 = 1 << 62;
 /// The only version of the format.
 pub const VERSION: u32 = 1;
 

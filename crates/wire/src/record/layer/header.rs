@@ -16,7 +16,7 @@ use crate::id::{DataId, DiskId, Epoch, ImageId};
 use crate::record::layer::field::{self, put};
 use crate::record::layer::log::LogPoint;
 use crate::record::layer::ship::ShipPosition;
-use crate::record::layer::{BLOCK_LEN, DISK_BYTES_MAX, SECTOR_BYTES, VERSION};
+use crate::record::layer::{BLOCK_LEN, COUNT_MAX, DISK_BYTES_MAX, SECTOR_BYTES, VERSION};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -231,14 +231,28 @@ impl Header {
                 3 => State::Sealed,
                 other => return Err(newer(format!("state {other}"))),
             },
-            clean_end: (field::u8(from, 160) == 1).then(|| LogPoint::decode(from, 164)),
-            checkpoint: (field::u8(from, 192) == 1).then(|| CheckpointRef {
-                covers: LogPoint::decode(from, 196),
-                number: field::u64(from, 216),
-                runs: field::u64(from, 224),
-                hash: field::bytes(from, 232),
-            }),
+            clean_end: match field::u8(from, 160) {
+                1 => Some(LogPoint::decode(from, 164)?),
+                _ => None,
+            },
+            checkpoint: match field::u8(from, 192) {
+                1 => Some(CheckpointRef {
+                    covers: LogPoint::decode(from, 196)?,
+                    number: field::u64(from, 216),
+                    runs: field::u64(from, 224),
+                    hash: field::bytes(from, 232),
+                }),
+                _ => None,
+            },
         };
+        let checkpoint = header.checkpoint.map_or(0, |checkpoint| checkpoint.number);
+        for (what, number) in
+            [("generation", header.generation), ("session", header.session), ("checkpoint", checkpoint)]
+        {
+            if number > COUNT_MAX {
+                return Err(corrupt(&format!("{what} {number}")));
+            }
+        }
         if header.size_bytes == 0
             || !header.size_bytes.is_multiple_of(512)
             || header.size_bytes > DISK_BYTES_MAX
@@ -332,6 +346,22 @@ mod test {
             assert!(Header::decode(&bad).is_err(), "bit {bit}");
         }
         assert!(Header::decode(&good[..100]).is_err());
+    }
+
+    #[test]
+    fn numbers_from_which_counting_on_would_wrap_are_damage() {
+        let refused = |header: Header| Header::decode(header.encode().as_slice()).unwrap_err().kind;
+        let point = |seq| LogPoint { segment: 1, block: 2, seq, chain: 4 };
+        for seq in [0, COUNT_MAX + 1, u64::MAX] {
+            let checkpoint =
+                header().checkpoint.map(|checkpoint| CheckpointRef { covers: point(seq), ..checkpoint });
+            let state = State::Receiving(ShipPosition { at: point(seq), chain: [0; 32] });
+            assert_eq!(refused(Header { clean_end: Some(point(seq)), ..header() }), ErrorKind::Corrupt);
+            assert_eq!(refused(Header { checkpoint, ..header() }), ErrorKind::Corrupt);
+            assert_eq!(refused(Header { state, ..header() }), ErrorKind::Corrupt);
+        }
+        assert_eq!(refused(Header { session: u64::MAX, ..header() }), ErrorKind::Corrupt);
+        assert_eq!(refused(Header { generation: u64::MAX, ..header() }), ErrorKind::Corrupt);
     }
 
     #[test]

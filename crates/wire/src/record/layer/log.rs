@@ -12,7 +12,9 @@
 use crate::error::{ErrorKind, WireError};
 use crate::id::{DiskId, Epoch};
 use crate::record::layer::field::{self, put};
-use crate::record::layer::{BLOCK_BYTES, BLOCK_LEN, DISK_BYTES_MAX, ENTRY_LEN, PAYLOAD_BYTES_MAX, VERSION};
+use crate::record::layer::{
+    BLOCK_BYTES, BLOCK_LEN, COUNT_MAX, DISK_BYTES_MAX, ENTRY_LEN, PAYLOAD_BYTES_MAX, VERSION,
+};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -28,7 +30,7 @@ pub struct LogPoint {
     pub segment: u32,
     /// Block in the segment where the next group would begin.
     pub block: u32,
-    /// Sequence number of the next record; the first one is 1.
+    /// Sequence number of the next record; the first one is 1, [`COUNT_MAX`] the highest that a reader believes.
     pub seq: u64,
     /// CRC of the last entry before.
     pub chain: u32,
@@ -51,15 +53,23 @@ impl LogPoint {
         out
     }
 
-    /// From bytes at `at`.
-    pub fn decode(from: &[u8], at: usize) -> Self {
-        Self {
+    /// From bytes at `at`; `Corrupt` if no log has such a place.
+    pub fn decode(from: &[u8], at: usize) -> Result<Self, WireError> {
+        Ok(Self {
             segment: field::u32(from, at),
             block: field::u32(from, at + 4),
-            seq: field::u64(from, at + 8),
+            seq: seq(field::u64(from, at + 8))?,
             chain: field::u32(from, at + 16),
-        }
+        })
     }
+}
+
+/// A sequence number that a log can have.
+fn seq(found: u64) -> Result<u64, WireError> {
+    if (1..=COUNT_MAX).contains(&found) {
+        return Ok(found);
+    }
+    Err(WireError::new(ErrorKind::Corrupt, format!("read layer: a record with the number {found}")))
 }
 
 /// The first block of a segment.
@@ -117,7 +127,7 @@ impl SegmentHead {
             salt: field::u64(from, 32),
             segment: field::u32(from, 40),
             chain: field::u32(from, 44),
-            first_seq: field::u64(from, 48),
+            first_seq: seq(field::u64(from, 48))?,
             session: field::u64(from, 56),
             epoch: Epoch(field::u64(from, 64)),
         })

@@ -55,7 +55,7 @@ impl ShipPosition {
         if from.len() < Self::LEN {
             return Err(WireError::new(ErrorKind::Corrupt, "read ship position: too short"));
         }
-        Ok(Self { at: LogPoint::decode(from, 0), chain: field::bytes(from, LogPoint::LEN) })
+        Ok(Self { at: LogPoint::decode(from, 0)?, chain: field::bytes(from, LogPoint::LEN) })
     }
 
     /// The position after `chunk`, whose head says `next`.
@@ -165,8 +165,8 @@ impl<'a> ShipChunk<'a> {
         }
         let mut chunk = Self {
             disk_id: DiskId(Uuid::from_bytes(field::bytes(head, 16))),
-            from: LogPoint::decode(head, 32),
-            next: LogPoint::decode(head, 52),
+            from: LogPoint::decode(head, 32)?,
+            next: LogPoint::decode(head, 52)?,
             frames: Vec::new(),
         };
         let mut rest = from.get(CHUNK_HEAD_LEN..).unwrap_or_default();
