@@ -23,6 +23,7 @@ mod no_space;
 mod on_demand;
 mod resize;
 mod scenario;
+mod shorter;
 mod snapshots;
 mod swarm;
 

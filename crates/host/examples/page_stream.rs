@@ -9,7 +9,9 @@ use tokio::net::{TcpListener, TcpStream};
 use whimbrel_engine::block::encode::LEVELS;
 use whimbrel_host::codec::{Compressor, Decompressor};
 use whimbrel_host::memory::encoder::thread_cpu_s;
-use whimbrel_host::memory::{PAGE_BYTES, Progress, RamFile, Source, SourceOptions, TargetOptions, target};
+use whimbrel_host::memory::{
+    PAGE_BYTES, Progress, RamFile, Source, SourceOptions, TargetOptions, Techniques, target,
+};
 use whimbrel_host::{Error, ErrorKind, Result};
 
 const PAGES: u64 = 131_072;
@@ -89,7 +91,7 @@ fn codec_table(ram: &RamFile) -> Result<()> {
     Ok(())
 }
 
-async fn round(from: &RamFile, raw_only: bool) -> Result<()> {
+async fn round(from: &RamFile, raw_only: bool, techniques: Techniques) -> Result<()> {
     let io = |error| Error::with_source(ErrorKind::Io, "connect the loopback", error);
     let listener = TcpListener::bind("127.0.0.1:0").await.map_err(io)?;
     let (near, far) =
@@ -100,12 +102,14 @@ async fn round(from: &RamFile, raw_only: bool) -> Result<()> {
         let mut far = far.0;
         target::receive(&mut far, vec![to], &TargetOptions::default(), &Progress::default()).await
     });
-    let options = SourceOptions { raw_only, ..SourceOptions::default() };
+    let options = SourceOptions { raw_only, techniques, ..SourceOptions::default() };
     let progress = Progress::default();
     let mut source = Source::open(near, vec![from.try_clone()?], options, progress.clone()).await?;
     for round in 0..3 {
         let report = source.send_round(&source.full_sets(), round == 2).await?;
-        let data_bytes = report.counts.data_pages as f64 * PAGE_BYTES as f64;
+        // Those that are named, or found unchanged, are read and compared, too.
+        let pages = report.counts.data_pages + report.counts.referred_pages + report.unchanged_pages;
+        let data_bytes = pages as f64 * PAGE_BYTES as f64;
         println!(
             "  round {}: {:.3} s, {:.2} GB/s of data, wire {:.3}, encode {:.2} GB/s per core, decode {:.2} GB/s per core",
             report.round,
@@ -125,9 +129,11 @@ async fn measure(name: &str, ram: &RamFile) -> Result<()> {
     println!("{name}:");
     codec_table(ram)?;
     println!(" open loopback, decided while it runs");
-    round(ram, false).await?;
-    println!(" open loopback, always raw");
-    round(ram, true).await
+    round(ram, false, Techniques::default()).await?;
+    println!(" open loopback, every page with its bytes");
+    round(ram, false, Techniques::NONE).await?;
+    println!(" open loopback, every page with its bytes, never compressed");
+    round(ram, true, Techniques::NONE).await
 }
 
 #[tokio::main]

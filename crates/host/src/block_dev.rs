@@ -24,6 +24,12 @@ pub trait BlockRead: Send + Sync {
     /// As [`BlockRead::read`], but returns `Ok(false)` instead of waiting for another host or a store.
     fn read_now(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> Result<bool>;
 
+    /// As [`BlockRead::read_now`], but reads from this host's disk what is there and was not read since the start, too,
+    /// and is no reader's demand: nothing is fetched, or counted, because of it.
+    fn read_here(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> Result<bool> {
+        self.read_now(offset, into)
+    }
+
     /// The end of the run of equal kind (data, or reads-as-zero) that starts at `offset`, and whether it is data.
     fn extent(&self, offset: u64) -> Result<Extent>;
 }

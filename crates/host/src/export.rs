@@ -27,6 +27,7 @@ mod blk;
 mod config_change;
 mod dirty;
 mod event;
+mod fills;
 mod frontend;
 pub mod fuse;
 #[cfg(test)]
@@ -47,6 +48,9 @@ mod socket;
 
 pub use config_change::SizeNotice;
 pub use dirty::WriteTracker;
+pub use fills::FilledFrom;
+#[cfg(test)]
+pub(crate) use fills::Fills;
 pub use server::{ExportCounters, FrontEndState, VhostUserOptions, VhostUserServer};
 pub use slot::{DeviceSlot, SlotState};
 pub use socket::SocketOwner;

@@ -11,6 +11,8 @@
 //! ```
 //!
 //! * [`bitmap`]: which pages are to be sent; `plan`: in which order. [`ram`]: the files. [`encoder`]: pages to frames.
+//! * [`known`], `lookup`: pages that need not be sent with their bytes, at the source and at the target; by their versions
+//!   (`delta`), by equal pages (`reference`) and by blocks of images ([`disks`]). [`techniques`]: which of it is used, and what it did.
 //! * [`source`], [`target`]: rounds over a link. [`stream`]: mode B. [`progress`], [`limit`]: what people see and set.
 //!
 //! Not here: who finds the pages that changed (`guest`), when to stop sending (`engine::memory::precopy`), the
@@ -18,18 +20,26 @@
 
 pub mod bitmap;
 pub mod carry;
+mod delta;
+pub mod disks;
 pub mod encoder;
 mod frames;
+pub mod known;
 pub mod limit;
+mod lookup;
 mod pace;
 mod plan;
 pub mod progress;
 pub mod ram;
+mod reference;
 pub mod source;
 pub mod stream;
 pub mod target;
+pub mod techniques;
 #[cfg(test)]
 mod test;
+#[cfg(test)]
+mod test_known;
 
 pub use bitmap::{PAGE_BYTES, PageBitmap, SharedDirty};
 pub use limit::Limiter;
@@ -37,3 +47,4 @@ pub use progress::{Figures, Progress};
 pub use ram::RamFile;
 pub use source::{RoundReport, Source, SourceOptions};
 pub use target::{Received, TargetOptions};
+pub use techniques::Techniques;

@@ -46,6 +46,7 @@ use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::guest::inject::{self, Injected};
 use crate::guest::processor;
 use crate::link::{Links, Router};
+use crate::memory::Techniques;
 use crate::meta::MetaStore;
 use crate::records;
 use crate::task::{TaskHandle, Tasks};
@@ -71,6 +72,8 @@ pub(crate) struct Shared {
     pub vms: Vms,
     pub tasks: Tasks,
     pub journal: Journal,
+    /// What may make pages of memory shorter, in mode A.
+    pub techniques: Techniques,
     targets: Mutex<HashMap<AttemptId, Arc<TargetSide>>>,
     /// Held while a layer under a volume's writable one comes in.
     lower: tokio::sync::Mutex<()>,
@@ -84,11 +87,12 @@ impl Migrations {
         meta: Arc<dyn MetaStore>,
         vms: Vms,
         tasks: Tasks,
+        techniques: Techniques,
         journal_dir: PathBuf,
     ) -> Result<Self> {
         let journal = Journal::open(journal_dir)?;
         let (targets, lower) = (Mutex::default(), tokio::sync::Mutex::default());
-        let shared = Shared { host, links, meta, vms, tasks, journal, targets, lower };
+        let shared = Shared { host, links, meta, vms, tasks, journal, techniques, targets, lower };
         Ok(Self { shared: Arc::new(shared) })
     }
 

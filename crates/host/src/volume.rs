@@ -24,11 +24,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use whimbrel_engine::memory::reference::holds_enough;
 use whimbrel_wire::api::{VolumeAttach, VolumeCheck, VolumeCreate};
 use whimbrel_wire::meta::{ImageParent, IoLimits, LayerRecord, VolumeRecord, key};
 use whimbrel_wire::record::layer::{Parent, SEGMENT_BLOCKS};
 use whimbrel_wire::{DataId, DiskId, Epoch, HostId, Name, Object, Right};
 
+use crate::block_dev::BlockRead;
 use crate::blocking::blocking;
 use crate::disk::{BaseImage, Layer, LayerReceiver, LayerSpec, VolumeDir, VolumeSpec};
 use crate::error::{Context as _, Error, ErrorKind, Result};
@@ -240,6 +242,14 @@ impl Volumes {
             }
             None => Ok(None),
         }
+    }
+
+    /// The image under a volume, if this host has enough of it for looking pages of memory up in it.
+    pub(crate) async fn image_here(&self, record: &VolumeRecord) -> Result<Option<Arc<dyn BlockRead>>> {
+        let Some(parent) = &record.image else { return Ok(None) };
+        let image = self.shared.store.open_image(parent).await?;
+        let enough = holds_enough(image.cached_bytes(), image.stored_bytes());
+        Ok(enough.then_some(image as Arc<dyn BlockRead>))
     }
 
     /// The volume's layer, open for writing at the record's epoch; the same one for everybody who asks. What was handed

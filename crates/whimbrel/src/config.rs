@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
+use whimbrel_host::memory::Techniques;
 
 /// Where the agent listens and the command line connects.
 pub const SOCKET_DEFAULT: &str = "/run/whimbrel/agent.sock";
@@ -47,6 +48,36 @@ pub struct Config {
     pub scrub_bytes_s: u64,
     /// Tenants whose objects this host may read; empty means objects without a domain.
     pub domains: Vec<String>,
+    /// How memory travels when a VM is moved by the agents (mode A).
+    pub memory: Memory,
+}
+
+/// What makes pages of a moving VM's memory shorter, beyond compression. What the host at the other end has switched off, or
+/// does not know, is not used either.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// Most bytes of versions of pages that a move keeps at its source, so that a page which is sent again travels as what
+    /// changed; 0 turns it off.
+    pub delta_cache_bytes: u64,
+    /// A page that equals one that was sent before is named instead of sent.
+    pub same_pages: bool,
+    /// A page that equals the block of an image that it was read from is named instead of sent, if the target has the image.
+    pub disk_blocks: bool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        let Techniques { delta_bytes, same, disk } = Techniques::default();
+        Self { delta_cache_bytes: delta_bytes, same_pages: same, disk_blocks: disk }
+    }
+}
+
+impl Memory {
+    /// As the mover of memory takes it.
+    pub fn techniques(&self) -> Techniques {
+        Techniques { delta_bytes: self.delta_cache_bytes, same: self.same_pages, disk: self.disk_blocks }
+    }
 }
 
 /// The metadata store of a cluster.
@@ -78,6 +109,7 @@ impl Default for Config {
             upload_limit_bytes_s: 0,
             scrub_bytes_s: 4 << 20,
             domains: Vec::new(),
+            memory: Memory::default(),
         }
     }
 }
@@ -157,6 +189,15 @@ mod test {
         let table: toml::Table = toml::from_str("nmae = 'a'\n[meta]\nsqlight = 'x'").unwrap();
         let known = toml::Table::try_from(Config::default()).unwrap();
         assert_eq!(unknown_keys(&table, &known, ""), ["meta.sqlight", "nmae"]);
+    }
+
+    #[test]
+    fn techniques_are_switched_off_one_by_one() {
+        let with = |text: &str| Config::parse(&format!("name = 'a'\n{text}")).unwrap().memory.techniques();
+        assert_eq!(with(""), Techniques::default());
+        assert_eq!(with("[memory]\nsame_pages = false"), Techniques { same: false, ..Techniques::default() });
+        let none = "[memory]\nsame_pages = false\ndisk_blocks = false\ndelta_cache_bytes = 0";
+        assert_eq!(with(none), Techniques::NONE);
     }
 
     #[test]

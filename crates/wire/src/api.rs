@@ -80,6 +80,18 @@ pub enum DiskMove {
     OnDemand,
 }
 
+/// What makes pages of memory shorter in mode A, beyond compression.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryTechnique {
+    /// A page that is sent again travels as what changed.
+    Delta,
+    /// A page that equals one that was sent is named.
+    SamePages,
+    /// A page that equals the block of an image that it was read from is named.
+    DiskBlocks,
+}
+
 /// Move a VM.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct VmMigrate {
@@ -103,6 +115,9 @@ pub struct VmMigrate {
     /// Hash all RAM at the pause on both sides and compare.
     #[serde(default)]
     pub verify: bool,
+    /// Not to be used for this move; more may be switched off in the hosts' configurations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without: Vec<MemoryTechnique>,
 }
 
 /// What a task is about.

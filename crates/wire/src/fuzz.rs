@@ -205,6 +205,28 @@ fuzz! {
             memory::put_pages(&mut out, 5, 1, memory::Encoding::Zero, &runs, &[0; 8192], &[]);
             out
         },
+        {
+            let (mut out, mut references) = (Vec::new(), Vec::new());
+            let reference = memory::Reference { object: 1, index: 2, hash: [3; memory::HASH_BYTES] };
+            reference.put(&mut references);
+            let runs = [memory::Run { first_page: 3, pages: 1 }];
+            memory::put_pages(&mut out, 5, 1, memory::Encoding::SamePages, &runs, &references, &references);
+            out
+        },
+        {
+            let mut out = Vec::new();
+            let runs = [memory::Run { first_page: 3, pages: 1 }];
+            memory::put_pages(&mut out, 5, 1, memory::Encoding::Changes, &runs, &[0; 4096], &[5; 90]);
+            out
+        },
+        {
+            let mut out = Vec::new();
+            let missing = vec![memory::Missing(0, 5, 2)];
+            let (counts, misses) = (memory::RoundCounts::default(), memory::Misses { delta: 2, ..Default::default() });
+            let done = memory::Control::RoundDone { counts, decode_ms: 1, missing, misses };
+            done.put(&mut out, 3).expect("a short message");
+            out
+        },
     ] {
         let Some((head, body)) = bytes.split_first_chunk() else { return };
         let Ok(header) = memory::Header::parse(head) else { return };
@@ -225,6 +247,10 @@ fuzz! {
                 let limit = if pages.block == 0 { 1000 } else { 70_000 };
                 assert!(pages.runs().all(|run| u64::from(run.first_page) + u64::from(run.pages) <= limit));
                 let _ = pages.verify(pages.payload);
+                if matches!(pages.encoding, memory::Encoding::SamePages | memory::Encoding::DiskBlocks) {
+                    assert_eq!(pages.references().count() as u64, pages.pages());
+                    assert_eq!(pages.page_numbers().count() as u64, pages.pages());
+                }
             }
         }
     }

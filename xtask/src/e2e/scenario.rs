@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, live, memory, nbd,
-    no_space, on_demand, resize, snapshots, swarm,
+    no_space, on_demand, resize, shorter, snapshots, swarm,
 };
 use crate::cmd::output;
 use crate::flight::Flight;
@@ -19,6 +19,7 @@ use crate::tcp::Client;
 pub const ANY_VERSION: [&str; 8] = [
     "eight hosts boot",
     "an agent's memory",
+    "memory that is known",
     "formats of others",
     "only know files",
     "no space",
@@ -28,10 +29,11 @@ pub const ANY_VERSION: [&str; 8] = [
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 28] = [
+pub const ALL: [Scenario; 29] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
+    ("memory that is known at the target does not travel", shorter::memory_travels_shorter),
     ("a TCP connection survives a move", tcp_survives),
     ("moves are steered while they run", live::moves_are_steered),
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),

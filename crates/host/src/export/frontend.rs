@@ -31,6 +31,7 @@ use whimbrel_wire::peer::migrate::QueueIo;
 use super::blk;
 use super::config_change::Notifier;
 use super::dirty::{Dirty, Log, WriteTracker};
+use super::fills::FilledFrom;
 use super::greeting;
 use super::guest_ram::{GuestRam, MAX_REGIONS, RegionAddr};
 use super::inflight::InflightFile;
@@ -140,6 +141,11 @@ impl Frontend {
     pub(super) fn track_writes(&mut self, tracker: Option<WriteTracker>) {
         self.tracker = tracker;
         self.each_running(|_, state, dirty| state.dirty = dirty);
+    }
+
+    /// What the pages of a RAM file (device and inode number) were filled from.
+    pub(super) fn filled(&self, file: (u64, u64)) -> FilledFrom {
+        self.ram.filled(file)
     }
 
     fn each_running(&self, mut change: impl FnMut(&Vring, &mut State, Dirty)) {

@@ -9,7 +9,7 @@
 //! The guest writes to these bytes while we look at them. Nothing here makes a reference to them: they are read
 //! with volatile or atomic loads, or by the kernel on our behalf.
 //!
-//! Not here: which pages we wrote (`dirty`), what the bytes mean (`ring`, `blk`).
+//! Not here: which pages we wrote (`dirty`), what they were filled from (`fills`), what the bytes mean (`ring`, `blk`).
 #![expect(unsafe_code, reason = "maps the guest's memory and hands out pointers into it")]
 
 use std::fs::File;
@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use super::fills::{FilledFrom, Fills};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Most regions a front-end may give us, as we answer GET_MAX_MEM_SLOTS; QEMU sends 8 at once without slots.
@@ -111,6 +112,7 @@ pub(super) struct Region {
     /// The RAM file: device and inode number.
     pub(super) file: (u64, u64),
     map: Mapping,
+    fills: Arc<Fills>,
 }
 
 /// A run of guest memory inside one region.
@@ -157,9 +159,10 @@ impl GuestRam {
             return Err(Error::new(ErrorKind::InvalidInput, "add region: it wraps around"));
         }
         let meta = file.metadata().context("look at shared memory")?;
-        let map = Mapping::new(file, addr.file_offset, addr.size)?;
+        let (file, map) = ((meta.dev(), meta.ino()), Mapping::new(file, addr.file_offset, addr.size)?);
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(Region { addr, file: (meta.dev(), meta.ino()), map }));
+        let fills = Arc::new(Fills::new(addr.size));
+        regions.push(Arc::new(Region { addr, file, map, fills }));
         regions.sort_by_key(|region| region.addr.gpa);
         Ok(Self { regions })
     }
@@ -177,6 +180,25 @@ impl GuestRam {
             .iter()
             .map(|region| &**region)
             .find(|region| gpa.checked_sub(region.addr.gpa).is_some_and(|offset| offset < region.addr.size))
+    }
+
+    /// `segs` were filled with the disk's bytes from `offset` on.
+    pub(super) fn note_fill(&self, segs: &[Seg], mut offset: u64) {
+        for seg in segs {
+            if let Some(region) = self.region(seg.gpa) {
+                region.fills.note(seg.gpa - region.addr.gpa, seg.len as u64, offset);
+            }
+            offset = offset.saturating_add(seg.len as u64);
+        }
+    }
+
+    /// What the pages of a RAM file (device and inode number) were filled from.
+    pub(super) fn filled(&self, file: (u64, u64)) -> FilledFrom {
+        let mut filled = FilledFrom::default();
+        for region in self.regions.iter().filter(|region| region.file == file) {
+            filled.add(region.addr.file_offset, region.addr.size, Arc::clone(&region.fills));
+        }
+        filled
     }
 
     /// The first run of `len` bytes from a guest physical address on; shorter than `len` where a region ends.

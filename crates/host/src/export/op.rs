@@ -52,6 +52,14 @@ impl Op {
         }
     }
 
+    /// Where on the disk it reads.
+    pub(super) fn read_offset(&self) -> Option<u64> {
+        match self {
+            Op::Read { offset, .. } => Some(*offset),
+            Op::Write { .. } | Op::Flush | Op::Discard(_) | Op::WriteZeroes(_) => None,
+        }
+    }
+
     /// Whether the disk may be another one after it.
     pub(super) fn changes_disk(&self) -> bool {
         match self {

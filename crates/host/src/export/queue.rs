@@ -114,6 +114,8 @@ struct Pending {
     order: u64,
     /// Where its data goes.
     data: Vec<Seg>,
+    /// Where on the disk that begins, of a read.
+    offset: Option<u64>,
     status: Seg,
     bytes: u64,
     ram: Arc<GuestRam>,
@@ -503,6 +505,7 @@ impl State {
                 let pending = Pending {
                     order: self.taken,
                     data: self.chain.writable.clone(),
+                    offset: op.read_offset(),
                     status,
                     bytes: op.bytes(),
                     ram: self.ram.clone(),
@@ -560,6 +563,7 @@ impl State {
         match self.buffers.write_to(&self.ram, |into| device.read_now(offset, into)) {
             Ok(true) => {
                 shared.stats.read_bytes.fetch_add(len, Ordering::Relaxed);
+                self.ram.note_fill(&self.chain.writable, offset);
                 Begun::Answer { status: blk::S_OK, written: len }
             }
             Ok(false) => Begun::HandOn(Op::Read { offset, len: usize::try_from(len).unwrap_or(0) }),
@@ -621,6 +625,9 @@ impl State {
                     copy_out(&pending.data, &data);
                     queue.device.stats.read_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
                     mark_all(&self.dirty, &pending.ram, &pending.data, data.len() as u64);
+                    if let Some(offset) = pending.offset {
+                        pending.ram.note_fill(&pending.data, offset);
+                    }
                     (blk::S_OK, data.len() as u64)
                 }
                 Err(error) => (queue.device.complain(&error), 0),

@@ -26,6 +26,7 @@ use super::blk::Identity;
 use super::config_change::{Notifier, SizeNotice, channel_in_next};
 use super::dirty::WriteTracker;
 use super::event::Waker;
+use super::fills::FilledFrom;
 use super::frontend::Frontend;
 use super::greeting::{MUTE_AFTER, begins_with_greeting, primed};
 use super::handover::Handover;
@@ -207,6 +208,12 @@ impl VhostUserServer {
         if let Some(frontend) = self.frontend() {
             lock(&frontend).track_writes(tracker);
         }
+    }
+
+    /// Which block of the disk each page of a RAM file (device and inode number) was filled from last, as far as this
+    /// process and the present front-end know; none if nobody is connected.
+    pub fn filled(&self, device: u64, inode: u64) -> Option<FilledFrom> {
+        self.frontend().map(|frontend| lock(&frontend).filled((device, inode)))
     }
 
     /// Whether rings that stop from now on leave unanswered what does not end at once: the guest is about to go on at

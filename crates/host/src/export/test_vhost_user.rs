@@ -489,6 +489,33 @@ fn what_is_written_to_guest_memory_is_in_the_dirty_log_and_with_the_tracker() {
 }
 
 #[test]
+fn pages_know_the_block_that_filled_them_last() {
+    let mut device = RamDevice::new(1 << 20);
+    device.slow = Some((0..4096, Duration::from_millis(20)));
+    let bench = serve(device);
+    let mut guest = Guest::new();
+    guest.connect(&bench.path);
+    let meta = guest.ram.metadata().unwrap();
+    let filled = bench.server.filled(meta.dev(), meta.ino()).unwrap();
+    let first = |slot: u16| (FILE_OFFSET + data(slot)) / 4096;
+    assert_eq!(filled.block_of(first(1)), None);
+    // One that is done at once, one that waits.
+    for (slot, sector) in [(1, 64), (2, 0)] {
+        assert_eq!(guest.request(slot, READ, sector, 8192, true), 0);
+        let blocks = [0, 1, 2].map(|page| filled.block_of(first(slot) + page));
+        let block = sector as u32 / 8;
+        assert_eq!(blocks, [Some(block), Some(block + 1), None], "sector {sector}");
+    }
+    // Not whole blocks, a write of the guest, another file: nothing is learned.
+    assert_eq!(guest.request(1, READ, 65, 8192, true), 0);
+    assert_eq!(guest.request(1, WRITE, 128, 4096, false), 0);
+    assert_eq!(filled.block_of(first(1)), Some(8));
+    assert_eq!(guest.request(1, READ, 128, 4096, true), 0);
+    assert_eq!(filled.block_of(first(1)), Some(16));
+    assert_eq!(bench.server.filled(meta.dev(), meta.ino() + 1).unwrap().block_of(first(1)), None);
+}
+
+#[test]
 fn a_full_ring_is_served_whatever_the_order_and_number_of_kicks() {
     for event_idx in [false, true] {
         let bench = serve(RamDevice::new(1 << 20));

@@ -197,8 +197,8 @@ async fn inbound(
                 decompressor.decompress(chunk.payload, raw)?;
                 &*raw
             }
-            // The parser lets nothing else through.
-            Encoding::Raw | Encoding::Zero | Encoding::Words | Encoding::WordsZstd => chunk.payload,
+            // The parser lets nothing through but raw bytes.
+            _ => chunk.payload,
         };
         chunk.verify(decoded)?;
         timeout(options.stall_limit, to.write_all(decoded))

@@ -5,6 +5,9 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use whimbrel_wire::peer::memory::Misses;
+
+use crate::memory::techniques::Shortened;
 
 /// The figures of one move, shared between who moves and who shows.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +32,10 @@ pub struct Figures {
     pub packed_raw_bytes: u64,
     /// The same after compression.
     pub packed_wire_bytes: u64,
+    /// What was sent shorter than with its bytes.
+    pub shortened: Shortened,
+    /// What of it the target did not find, and was sent with its bytes.
+    pub misses: Misses,
     /// Wire bytes per second that the link takes; 0 before it was measured.
     pub link_bytes_s: u64,
     /// Bytes per second that the guest writes; 0 before it was measured.

@@ -6,17 +6,21 @@
 //!                                                            └─ every window: Pace::wrote
 //! ```
 //!
-//! A round is over when the target has said that every page of it is in place, so two rounds never overlap.
+//! A round is over when the target has said which pages of it are in place, so two rounds never overlap. Those that it
+//! lacks, because they were not sent with their bytes and it has not what was named, are in the next round; after a last
+//! round they are sent at once.
 //!
 //! Invariants
 //! * Pages are read while the guest writes. The caller takes a page out of the tracker, which re-arms it, **before**
 //!   it hands the page to [`Source::send_round`]: a page that is torn by a write is dirty again and is in a later
 //!   round. The last round is sent while the guest is paused.
 //! * At most [`QUEUE_FRAMES`] groups are encoded and unsent: memory is bounded, and a slow link slows the workers.
+//! * When `send_round` for the last round has returned, the target lacks nothing.
 //! * Dropping the future of `send_round` cancels it; the stream is of no use afterwards, and says so.
 //!
 //! Not here: which pages, how many rounds (`guest`, `engine::memory::precopy`), the format (`wire::peer::memory`).
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,17 +31,20 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 use whimbrel_engine::memory::precopy::Round;
 use whimbrel_engine::memory::rank::Classes;
-use whimbrel_wire::peer::memory::{BlockShape, Control, RoundCounts, Run};
+use whimbrel_wire::peer::memory::{BlockShape, Control, Misses, Missing, RoundCounts, Run};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::bitmap::PageBitmap;
+use crate::memory::disks::Disks;
 use crate::memory::encoder::{Work, Worker};
 use crate::memory::frames::{read_control, write_control};
+use crate::memory::known::Known;
 use crate::memory::limit::Limiter;
 use crate::memory::pace::{Pace, cores};
 use crate::memory::plan::Plan;
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
+use crate::memory::techniques::Techniques;
 
 /// Groups of pages that may wait between the workers and the stream.
 pub const QUEUE_FRAMES: usize = 12;
@@ -57,6 +64,10 @@ pub struct SourceOptions {
     pub look_every: Duration,
     /// Never compress (for measurements).
     pub raw_only: bool,
+    /// What may make pages shorter, if the target knows it, too.
+    pub techniques: Techniques,
+    /// The VM's disks, of which pages of its memory may be blocks.
+    pub disks: Disks,
 }
 
 impl Default for SourceOptions {
@@ -67,6 +78,8 @@ impl Default for SourceOptions {
             stall_limit: Duration::from_secs(30),
             look_every: Duration::from_millis(100),
             raw_only: false,
+            techniques: Techniques::default(),
+            disks: Disks::default(),
         }
     }
 }
@@ -82,6 +95,10 @@ pub struct RoundReport {
     pub round: u32,
     /// Pages by kind.
     pub counts: RoundCounts,
+    /// Pages that were to be sent and had not changed.
+    pub unchanged_pages: u64,
+    /// Pages that the target lacks all the same; they are in the next round by themselves.
+    pub missing_pages: u64,
     /// Bytes that went out.
     pub wire_bytes: u64,
     /// From the call to the target's answer.
@@ -97,15 +114,33 @@ pub struct RoundReport {
 }
 
 impl RoundReport {
+    /// The round and another one behind it, which were one to the caller.
+    fn and(mut self, next: &Self) -> Self {
+        self.counts.add(&next.counts);
+        self.round = next.round;
+        self.unchanged_pages += next.unchanged_pages;
+        self.missing_pages = next.missing_pages;
+        self.wire_bytes += next.wire_bytes;
+        self.duration += next.duration;
+        self.throttled += next.throttled;
+        self.link_bytes_s = next.link_bytes_s;
+        self.encode_cpu_s += next.encode_cpu_s;
+        self.decode_ms += next.decode_ms;
+        self
+    }
+
     /// The round as the engine judges it, with what is dirty now.
     pub fn to_engine(&self, dirty_pages: u64, disk_tail_bytes: u64) -> Round {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        // What is named in the first round is mostly never written again, and says nothing of the time that pages which are
+        // take; later it is a part of them.
+        let again = if self.round > 1 { self.counts.referred_pages + self.unchanged_pages } else { 0 };
         Round {
-            data_pages: self.counts.data_pages,
+            data_pages: self.counts.data_pages + again,
             duration_us: us(self.duration),
             throttled_us: us(self.throttled),
             link_bytes_s: self.link_bytes_s,
-            dirty_pages,
+            dirty_pages: dirty_pages + self.missing_pages,
             disk_tail_bytes,
         }
     }
@@ -117,6 +152,9 @@ pub struct Source<S> {
     blocks: Arc<[RamFile]>,
     options: SourceOptions,
     pace: Pace,
+    known: Arc<Known>,
+    /// What the target lacks of earlier rounds; nothing, or a set for each block.
+    lacking: Vec<PageBitmap>,
     /// Workers at rest.
     workers: Vec<Worker>,
     spare_buffers: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -138,13 +176,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
     ) -> Result<Self> {
         let blocks: Arc<[RamFile]> = blocks.into();
         let threads = options.workers.max(1);
-        let pace = Pace::new(threads, options.raw_only);
-        let workers = (0..threads).map(|_| Worker::new(Arc::clone(&blocks), pace.chooser()));
         let mut source = Self {
             stream,
+            pace: Pace::new(threads, options.raw_only),
             options,
-            workers: workers.collect::<Result<_>>()?,
-            pace,
+            known: Arc::new(Known::new(Arc::clone(&blocks), &Techniques::NONE, Disks::default())),
+            lacking: Vec::new(),
+            workers: Vec::new(),
             spare_buffers: Arc::default(),
             progress,
             classes: Vec::new(),
@@ -159,9 +197,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         source.progress.update(|figures| figures.total_bytes = total_pages * 4096);
         source.say(&Control::Open { blocks: shapes }).await.context("offer RAM")?;
         match source.hear(source.options.stall_limit).await.context("offer RAM")? {
-            Control::Opened => Ok(source),
-            other => Err(unexpected(&other)),
+            Control::Opened { knows } => {
+                let techniques = source.options.techniques.shared_with(&knows);
+                let disks = std::mem::take(&mut source.options.disks);
+                source.known = Arc::new(Known::new(Arc::clone(&source.blocks), &techniques, disks));
+            }
+            other => return Err(unexpected(&other)),
         }
+        for _ in 0..threads {
+            let (blocks, known) = (Arc::clone(&source.blocks), Arc::clone(&source.known));
+            source.workers.push(Worker::new(blocks, source.pace.chooser(), known)?);
+        }
+        Ok(source)
     }
 
     /// Empty sets, one for each block.
@@ -195,7 +242,38 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         self.round(sets, false, Some(rewritten)).await
     }
 
+    /// What the target lacks of rounds that were sent, for whoever goes on without a last round; nothing, or a set for
+    /// each block.
+    pub fn lacking(&self) -> &[PageBitmap] {
+        &self.lacking
+    }
+
     async fn round(
+        &mut self,
+        sets: &[PageBitmap],
+        last: bool,
+        rewritten: Option<Rewritten<'_>>,
+    ) -> Result<RoundReport> {
+        let lacking = std::mem::take(&mut self.lacking);
+        let mut sets = Cow::Borrowed(sets);
+        if !lacking.is_empty() {
+            sets.to_mut().iter_mut().zip(&lacking).for_each(|(set, lacking)| set.merge(lacking));
+        }
+        let report = self.one_round(&sets, last, rewritten).await?;
+        if !last || self.lacking.is_empty() {
+            return Ok(report);
+        }
+        // The guest stands still, and waits for these.
+        let lacking = std::mem::take(&mut self.lacking);
+        let rest = self.one_round(&lacking, true, None).await?;
+        if !self.lacking.is_empty() {
+            let text = format!("send RAM: the target lacks {} pages that it was sent", rest.missing_pages);
+            return Err(Error::new(ErrorKind::Corrupt, text));
+        }
+        Ok(report.and(&rest))
+    }
+
+    async fn one_round(
         &mut self,
         sets: &[PageBitmap],
         last: bool,
@@ -217,6 +295,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         };
         report.duration = start.elapsed();
         report.counts = work.counts;
+        report.unchanged_pages = work.shortened.unchanged_pages;
         report.encode_cpu_s = work.cpu_s;
         report.round = round;
         let link_bytes_s = self.pace.link_bytes_s();
@@ -226,6 +305,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
             figures.link_bytes_s = link_bytes_s;
             figures.packed_raw_bytes += work.packed_raw_bytes;
             figures.packed_wire_bytes += work.packed_wire_bytes;
+            figures.shortened.add(&work.shortened);
         });
         self.broken = false;
         Ok(report)
@@ -263,6 +343,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         last: bool,
         rewritten: Option<Rewritten<'_>>,
     ) -> Result<(RoundReport, Work)> {
+        self.known.begin_round(self.round, last);
         self.say(&Control::RoundBegin { last }).await?;
         let plan = Plan::new(Arc::clone(&self.blocks), sets, &self.classes, self.round == 1);
         let plan = Arc::new(Mutex::new(plan));
@@ -277,15 +358,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
         for thread in threads {
             let (worker, did) = joined(thread.await)?;
             self.workers.push(worker);
-            work.counts.data_pages += did.counts.data_pages;
-            work.counts.zero_pages += did.counts.zero_pages;
-            work.packed_raw_bytes += did.packed_raw_bytes;
-            work.packed_wire_bytes += did.packed_wire_bytes;
-            work.cpu_s += did.cpu_s;
+            work.add(&did);
         }
         self.say(&Control::RoundEnd { counts: work.counts }).await?;
         match self.hear(self.options.stall_limit).await? {
-            Control::RoundDone { counts, decode_ms } if counts == work.counts => report.decode_ms = decode_ms,
+            Control::RoundDone { counts, decode_ms, missing, misses } if counts == work.counts => {
+                report.decode_ms = decode_ms;
+                self.known.learn_disks(work.shortened.disk.pages, misses.disk);
+                self.take_missing(&missing, &misses, &mut report);
+            }
             Control::RoundDone { counts, .. } => {
                 let text = format!("the target wrote {counts:?} of {:?}", work.counts);
                 return Err(Error::new(ErrorKind::Corrupt, text));
@@ -293,6 +374,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
             other => return Err(unexpected(&other)),
         }
         Ok((report, work))
+    }
+
+    /// Keeps what the target says it lacks for the next round.
+    fn take_missing(&mut self, missing: &[Missing], misses: &Misses, report: &mut RoundReport) {
+        self.progress.update(|figures| figures.misses.add(misses));
+        if !missing.is_empty() {
+            self.lacking = self.known.lacks(missing);
+            report.missing_pages = self.lacking.iter().map(PageBitmap::count).sum();
+        }
     }
 
     fn start_workers(
@@ -338,13 +428,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
             self.pace.wrote(frame.bytes.len(), start.elapsed(), frame.cpu_s);
             let bytes = frame.bytes.len() as u64;
             report.wire_bytes += bytes;
-            let counts = frame.counts;
+            let (counts, pages) = (frame.counts, frame.pages);
             self.progress.update(|figures| {
                 figures.wire_bytes += bytes;
                 figures.data_pages += counts.data_pages;
                 figures.zero_pages += counts.zero_pages;
-                let done = counts.data_pages + counts.zero_pages;
-                figures.left_pages = figures.left_pages.saturating_sub(done);
+                figures.left_pages = figures.left_pages.saturating_sub(pages);
             });
             self.give_back(frame.bytes);
         }
@@ -384,6 +473,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Source<S> {
 struct Encoded {
     bytes: Vec<u8>,
     counts: RoundCounts,
+    /// Pages done with it, those included that need not be sent.
+    pages: u64,
     cpu_s: f64,
 }
 
@@ -412,11 +503,12 @@ fn encode_round(
         let counts = RoundCounts {
             data_pages: work.counts.data_pages - before.counts.data_pages,
             zero_pages: work.counts.zero_pages - before.counts.zero_pages,
+            referred_pages: work.counts.referred_pages - before.counts.referred_pages,
         };
-        let cpu_s = work.cpu_s - before.cpu_s;
+        let (pages, cpu_s) = (work.pages() - before.pages(), work.cpu_s - before.cpu_s);
         before = work;
         // The receiver is gone if the round was given up: nobody waits for the rest.
-        if !bytes.is_empty() && sender.blocking_send(Encoded { bytes, counts, cpu_s }).is_err() {
+        if !bytes.is_empty() && sender.blocking_send(Encoded { bytes, counts, pages, cpu_s }).is_err() {
             return Err(Error::new(ErrorKind::Cancelled, "encode RAM: the round was given up"));
         }
         if let Some(work) = ended {

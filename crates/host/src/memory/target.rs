@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Invariants
-//! * A page is written only after its frame's check agreed. Of two rounds the newer one is written last: a round's
+//! * A page is written only after its frame's check, or its reference's hash, agreed; what could not be is told to the
+//!   source at the round's end (`lookup`). Of two rounds the newer one is written last: a round's
 //!   decoders have ended before `RoundDone` is said, and only then does the next one begin.
 //! * What a source says is never trusted: sizes, places and lengths are checked, a violation ends the stream with an
 //!   error, and nothing is ever written outside of the blocks.
@@ -28,12 +29,15 @@ use whimbrel_wire::peer::memory::{
 
 use crate::codec::{Decompressor, words};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::memory::disks::Images;
 use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_control, read_header, write_control};
+use crate::memory::lookup::Lookup;
 use crate::memory::pace::cores;
 use crate::memory::progress::Progress;
 use crate::memory::ram::{self, RamFile};
 use crate::memory::source::{joined, unexpected};
+use crate::memory::techniques::Techniques;
 
 /// Frames that may wait between the stream and the decoders.
 const QUEUE_FRAMES: usize = 8;
@@ -47,6 +51,10 @@ pub struct TargetOptions {
     pub stall_limit: Duration,
     /// How long the source may be silent between rounds, while it waits for other things.
     pub idle_limit: Duration,
+    /// What the source may use to make pages shorter.
+    pub techniques: Techniques,
+    /// Images under the VM's disks, as far as this host has them.
+    pub images: Images,
 }
 
 impl Default for TargetOptions {
@@ -55,6 +63,8 @@ impl Default for TargetOptions {
             workers: cores().saturating_sub(1).max(1),
             stall_limit: Duration::from_secs(30),
             idle_limit: Duration::from_secs(300),
+            techniques: Techniques::default(),
+            images: Images::default(),
         }
     }
 }
@@ -64,7 +74,7 @@ impl Default for TargetOptions {
 pub struct Received {
     /// Rounds that were completed.
     pub rounds: u32,
-    /// The last of them was sent while the guest was paused: the memory is complete.
+    /// The last of them was sent while the guest was paused, and nothing was missing: the memory is complete.
     pub complete: bool,
     /// Pages by kind, over all rounds.
     pub counts: RoundCounts,
@@ -77,9 +87,11 @@ pub async fn receive<S: AsyncRead + AsyncWrite + Unpin + Send>(
     options: &TargetOptions,
     progress: &Progress,
 ) -> Result<Received> {
+    let blocks: Arc<[RamFile]> = blocks.into();
     let mut target = Target {
         pages: blocks.iter().map(RamFile::pages).collect(),
-        blocks: blocks.into(),
+        lookup: Arc::new(Lookup::new(Arc::clone(&blocks), options.images.clone())),
+        blocks,
         decoders: Vec::new(),
         spare_buffers: Arc::default(),
         options: options.clone(),
@@ -99,6 +111,7 @@ struct Target {
     blocks: Arc<[RamFile]>,
     /// The sizes of the blocks.
     pages: Arc<[u64]>,
+    lookup: Arc<Lookup>,
     /// Decoders at rest.
     decoders: Vec<Decoder>,
     spare_buffers: Arc<Mutex<Vec<Vec<u8>>>>,
@@ -118,14 +131,19 @@ impl Target {
             other => return Err(unexpected(&other)),
         }
         self.decoders = (0..self.options.workers.max(1)).map(|_| Decoder::new()).collect::<Result<_>>()?;
-        write_control(stream, &Control::Opened, 0, stall_limit).await?;
+        let Techniques { disk, .. } = self.options.techniques;
+        let techniques = Techniques { disk: disk && self.options.images.any(), ..self.options.techniques };
+        let knows = techniques.known();
+        write_control(stream, &Control::Opened { knows }, 0, stall_limit).await?;
         loop {
             let header = read_header(stream, self.options.idle_limit).await?;
             match self.control(stream, &header).await? {
                 Control::RoundBegin { last } => {
                     let (counts, decode_ms) = self.round(stream, header.round).await?;
-                    self.received.complete = last;
-                    let done = Control::RoundDone { counts, decode_ms };
+                    let lookup = Arc::clone(&self.lookup);
+                    let (missing, misses) = joined(spawn_blocking(move || lookup.end_round()).await)?;
+                    self.received.complete = last && missing.is_empty();
+                    let done = Control::RoundDone { counts, decode_ms, missing, misses };
                     write_control(stream, &done, header.round, stall_limit).await?;
                 }
                 Control::DigestAsk => {
@@ -191,8 +209,7 @@ impl Target {
             match joined(thread.await) {
                 Ok((decoder, wrote, seconds)) => {
                     self.decoders.push(decoder);
-                    counts.data_pages += wrote.data_pages;
-                    counts.zero_pages += wrote.zero_pages;
+                    counts.add(&wrote);
                     cpu_s += seconds;
                 }
                 Err(error) => first_error = first_error.or(Some(error)),
@@ -205,8 +222,7 @@ impl Target {
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
         self.received.rounds = round;
-        self.received.counts.data_pages += counts.data_pages;
-        self.received.counts.zero_pages += counts.zero_pages;
+        self.received.counts.add(&counts);
         Ok((counts, (cpu_s * 1e3) as u64))
     }
 
@@ -215,10 +231,11 @@ impl Target {
         let receiver = Arc::new(Mutex::new(receiver));
         let start = |mut decoder: Decoder| {
             let (blocks, pages) = (Arc::clone(&self.blocks), Arc::clone(&self.pages));
+            let lookup = Arc::clone(&self.lookup);
             let (jobs, spare, failed) =
                 (Arc::clone(&receiver), Arc::clone(&self.spare_buffers), Arc::clone(failed));
             spawn_blocking(move || {
-                let done = decoder.drain(&blocks, &pages, &jobs, &spare, &failed);
+                let done = decoder.drain((&*blocks, &*lookup), &pages, &jobs, &spare, &failed);
                 if done.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -269,18 +286,22 @@ struct Decoder {
     raw: Vec<u8>,
     /// Words that came in zstd.
     worded: Vec<u8>,
+    /// Places of the pages that came as their differences.
+    differences: Vec<usize>,
+    scratch: Vec<u8>,
 }
 
 impl Decoder {
     fn new() -> Result<Self> {
         let raw = vec![0; GROUP_PAGES_MAX * PAGE_BYTES];
-        Ok(Self { decompressor: Decompressor::new()?, worded: raw.clone(), raw })
+        let (differences, scratch) = (Vec::new(), vec![0; PAGE_BYTES]);
+        Ok(Self { decompressor: Decompressor::new()?, worded: raw.clone(), raw, differences, scratch })
     }
 
     /// Takes jobs until there are no more; returns what was written and the processor seconds it took.
     fn drain(
         &mut self,
-        blocks: &[RamFile],
+        (blocks, lookup): (&[RamFile], &Lookup),
         pages: &[u64],
         jobs: &Mutex<mpsc::Receiver<Job>>,
         spare: &Mutex<Vec<Vec<u8>>>,
@@ -296,9 +317,10 @@ impl Decoder {
             if !failed.load(Ordering::Relaxed) {
                 let body = buffer.get(..len).unwrap_or(&[]);
                 let frame = Pages::parse(&header, body, pages)?;
-                self.apply(blocks, &frame)?;
+                self.apply(blocks, lookup, &frame)?;
                 match frame.encoding {
                     Encoding::Zero => counts.zero_pages += frame.pages(),
+                    Encoding::SamePages | Encoding::DiskBlocks => counts.referred_pages += frame.pages(),
                     _ => counts.data_pages += frame.pages(),
                 }
             }
@@ -310,7 +332,7 @@ impl Decoder {
         Ok((counts, thread_cpu_s() - start_s))
     }
 
-    fn apply(&mut self, blocks: &[RamFile], frame: &Pages<'_>) -> Result<()> {
+    fn apply(&mut self, blocks: &[RamFile], lookup: &Lookup, frame: &Pages<'_>) -> Result<()> {
         // The parser looked the block's number up already.
         let Some(ram) = blocks.get(usize::from(frame.block)) else { return Ok(()) };
         let raw_bytes = usize::try_from(frame.pages()).unwrap_or(0) * PAGE_BYTES;
@@ -340,6 +362,24 @@ impl Decoder {
                 words::unpack(self.worded.get(..len).unwrap_or(&[]), raw)?;
                 raw
             }
+            Encoding::Changes | Encoding::ChangesZstd => {
+                let raw = self.raw.get_mut(..raw_bytes).unwrap_or(&mut []);
+                let worded = match frame.encoding {
+                    Encoding::Changes => frame.payload,
+                    _ => {
+                        let len = self.decompressor.decompress_up_to(frame.payload, &mut self.worded)?;
+                        self.worded.get(..len).unwrap_or(&[])
+                    }
+                };
+                words::unpack_changes(worded, raw, &mut self.differences)?;
+                lookup.add_versions(frame, &self.differences, raw, &mut self.scratch)?;
+                if !self.differences.is_empty() && frame.verify(raw).is_err() {
+                    lookup.lacks_changes(frame);
+                    return Ok(());
+                }
+                raw
+            }
+            Encoding::SamePages | Encoding::DiskBlocks => return lookup.resolve(frame, &mut self.scratch),
         };
         frame.verify(raw)?;
         for run in frame.runs() {
@@ -348,5 +388,55 @@ impl Decoder {
             raw = rest;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod fuzz {
+    use std::sync::OnceLock;
+
+    use whimbrel_wire::peer::memory::{HASH_BYTES, Reference, Run, put_pages};
+
+    use super::*;
+    use crate::memory::ram::test::ram;
+
+    /// A frame whose payload is `payload`, and whose check agrees with it as far as that can be.
+    fn frame(encoding: Encoding, pages: u32, payload: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        put_pages(&mut out, 1, 0, encoding, &[Run { first_page: 1, pages }], payload, payload);
+        out
+    }
+
+    fn one_reference() -> Vec<u8> {
+        let mut bytes = vec![2, 0];
+        Reference { object: 0, index: 5, hash: [3; HASH_BYTES] }.put(&mut bytes);
+        bytes
+    }
+
+    whimbrel_fuzz::fuzz! {
+        /// What stands for pages without being their bytes, applied to a small memory.
+        fn told_pages(bytes) seeds [
+            one_reference(),
+            [&[0, 1, 5, 4][..], &[0; 72], &[7; 100]].concat(),
+            [3, 0, 1, 2, 3].to_vec(),
+        ] {
+            static ENDS: OnceLock<(Arc<[RamFile]>, Mutex<Decoder>)> = OnceLock::new();
+            let (blocks, decoder) = ENDS.get_or_init(|| {
+                (vec![ram(16)].into(), Mutex::new(Decoder::new().expect("make a decoder")))
+            });
+            let [kind, pages, payload @ ..] = bytes else { return };
+            let kinds = [Encoding::Changes, Encoding::ChangesZstd, Encoding::SamePages, Encoding::DiskBlocks];
+            let encoding = kinds[usize::from(*kind) % kinds.len()];
+            let frame = frame(encoding, u32::from(pages % 4) + 1, payload);
+            let (head, body) = frame.split_first_chunk().expect("a frame has a header");
+            let header = Header::parse(head).expect("it was written so");
+            let Ok(pages) = Pages::parse(&header, body, &[16]) else { return };
+            let lookup = Lookup::new(Arc::clone(blocks), Images::default());
+            let applied = decoder.lock().apply(blocks, &lookup, &pages);
+            let (missing, misses) = lookup.end_round().unwrap_or_default();
+            let told: u64 = missing.iter().map(|run| u64::from(run.2)).sum();
+            assert!(told <= pages.pages() && misses.delta + misses.same + misses.disk <= pages.pages());
+            assert!(applied.is_err() || missing.iter().all(|run| run.0 == 0 && u64::from(run.1) < 16));
+        }
     }
 }

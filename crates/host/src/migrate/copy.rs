@@ -32,12 +32,13 @@ use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
 use crate::disk::{Layer, ReclaimHold, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
-use crate::export::WriteTracker;
+use crate::export::{FilledFrom, WriteTracker};
 use crate::guest::device_state::Saver;
 use crate::guest::dirty::Tracker;
 use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
+use crate::memory::disks::{Disks, Images};
 use crate::memory::source::{RoundReport, Source, SourceOptions};
 use crate::memory::{Limiter, PageBitmap, Progress, RamFile, SharedDirty};
 use crate::task::TaskHandle;
@@ -59,6 +60,13 @@ pub fn target_blocks(vm: &LocalVm) -> Result<Vec<RamFile>> {
         return Err(Error::new(ErrorKind::Unsupported, "receive RAM: this VM has several RAM blocks"));
     };
     Ok(vec![RamFile::open_target(name, path)?])
+}
+
+/// What each of the VM's disks filled the RAM file's pages from, in the order of its volumes.
+fn filled(vm: &LocalVm, ram: &std::fs::Metadata) -> Vec<Option<FilledFrom>> {
+    let disk = |name: &Name| vm.disks.iter().find(|disk| disk.volume == *name);
+    let volumes = vm.spec.volumes.iter();
+    volumes.map(|name| disk(name)?.filled(ram.dev(), ram.ino())).collect()
 }
 
 /// One RAM block under copy.
@@ -112,6 +120,7 @@ impl MemoryCopy {
         injected: Injected,
         stream: PeerStream,
         options: SourceOptions,
+        images: Images,
         progress: Progress,
     ) -> Result<Self> {
         let ours: Vec<&RamBlock> = report.ram.iter().filter(|block| block.moved_by == MovedBy::Us).collect();
@@ -135,6 +144,8 @@ impl MemoryCopy {
                 WriteTracker { device: meta.dev(), inode: meta.ino(), dirty: Arc::clone(&by_disks) };
             disk.track_writes(Some(tracker));
         }
+        let disks = Disks { filled: filled(vm, &meta), images, block: 0 };
+        let options = SourceOptions { disks, ..options };
         let tracker = Tracker::attach(vm.process.pid(), injected.uffd, &file, &block.mappings)?;
         let ram = RamFile::open_source(block.name.clone(), path)?;
         let source = Source::open(stream, vec![ram], options, progress).await?;

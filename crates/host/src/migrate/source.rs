@@ -37,9 +37,10 @@ use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state::Saver;
 use crate::guest::inject::{self, Injected};
 use crate::link::PeerStream;
+use crate::memory::disks::Images;
 use crate::memory::source::SourceOptions;
 use crate::memory::stream::{self, StreamOptions};
-use crate::memory::{Limiter, Progress};
+use crate::memory::{Limiter, Progress, Techniques};
 use crate::records;
 use crate::task::TaskHandle;
 use crate::vm::{Busy, LocalVm};
@@ -64,6 +65,7 @@ pub struct SourceSide {
     shared: Arc<Shared>,
     offer: Offer,
     downtime_limit_ms: u64,
+    techniques: Techniques,
     limiter: Arc<Limiter>,
     control: control::Sender,
     events: Events<Source>,
@@ -105,7 +107,8 @@ impl SourceSide {
         let limit_ms = request.downtime_limit_ms.unwrap_or(super::DOWNTIME_LIMIT_MS);
         let machine = Source::new(offer, crate::clock::now());
         let vm = Some((vm, busy, injected));
-        Self::begin(shared, machine, vm, limit_ms, request.bandwidth_bytes_s, task);
+        let techniques = shared.techniques.without(&request.without);
+        Self::begin(shared, machine, vm, (limit_ms, techniques), request.bandwidth_bytes_s, task);
     }
 
     /// Goes on after a restart of the agent.
@@ -125,7 +128,7 @@ impl SourceSide {
             None => None,
         };
         let task = super::task_for(shared, &name);
-        Self::begin(shared, machine, vm, super::DOWNTIME_LIMIT_MS, None, task);
+        Self::begin(shared, machine, vm, (super::DOWNTIME_LIMIT_MS, shared.techniques), None, task);
         Ok(())
     }
 
@@ -133,7 +136,7 @@ impl SourceSide {
         shared: &Arc<Shared>,
         machine: Source,
         vm: Option<(Arc<LocalVm>, Busy, Option<Injected>)>,
-        downtime_limit_ms: u64,
+        (downtime_limit_ms, techniques): (u64, Techniques),
         bandwidth_bytes_s: Option<u64>,
         task: TaskHandle,
     ) {
@@ -148,6 +151,7 @@ impl SourceSide {
             shared: Arc::clone(shared),
             offer: machine.offer().clone(),
             downtime_limit_ms,
+            techniques,
             limiter,
             control: control::Sender::default(),
             events: events.clone(),
@@ -249,6 +253,16 @@ impl SourceSide {
             ("layer_wire_bytes", layers),
             ("packed_raw_bytes", figures.packed_raw_bytes),
             ("packed_wire_bytes", figures.packed_wire_bytes),
+            ("delta_pages", figures.shortened.delta.pages),
+            ("delta_saved_bytes", figures.shortened.delta.bytes),
+            ("delta_missed_pages", figures.misses.delta),
+            ("unchanged_pages", figures.shortened.unchanged_pages),
+            ("same_pages", figures.shortened.same.pages),
+            ("same_saved_bytes", figures.shortened.same.bytes),
+            ("same_missed_pages", figures.misses.same),
+            ("disk_pages", figures.shortened.disk.pages),
+            ("disk_saved_bytes", figures.shortened.disk.bytes),
+            ("disk_missed_pages", figures.misses.disk),
             ("link_bytes_s", figures.link_bytes_s),
             ("dirty_bytes_s", figures.dirty_bytes_s),
         ] {
@@ -304,11 +318,12 @@ impl SourceSide {
     /// Opens all streams and starts to follow the guest's writes.
     async fn begin_copy(&self) -> Result<Copying> {
         let vm = self.vm()?;
-        let (mut layers, mut maps) = (Vec::new(), Vec::new());
+        let (mut layers, mut maps, mut images) = (Vec::new(), Vec::new(), Images::default());
         for name in &self.offer.spec.volumes {
             let record = self.volumes.read(name).await?;
             self.ship_lower(&record).await.with_context(|| format!("send what volume {name} lies on"))?;
             let layer = self.shared.vms.volumes().open(&record).await?;
+            images.0.push(self.shared.vms.volumes().open_base(&record).await?.map(|(_, image)| image));
             let stream = self.open(service::LAYER, Some(name)).await?;
             match self.offer.disk {
                 DiskMove::Copy => {
@@ -323,8 +338,11 @@ impl SourceSide {
             Mode::A => {
                 let saver = Saver::new(&vm.qmp().await?).await?;
                 let report = self.shared.vms.precheck(&vm).await?;
-                let options =
-                    SourceOptions { limiter: Arc::clone(&self.limiter), ..SourceOptions::default() };
+                let options = SourceOptions {
+                    limiter: Arc::clone(&self.limiter),
+                    techniques: self.techniques,
+                    ..SourceOptions::default()
+                };
                 let stream = self.open(service::MEMORY, None).await?;
                 let injected = self.injected.lock().take();
                 let injected = match injected {
@@ -332,7 +350,8 @@ impl SourceSide {
                     None => inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?,
                 };
                 let progress = self.progress.clone();
-                let memory = MemoryCopy::begin(&vm, &report, injected, stream, options, progress).await?;
+                let memory =
+                    MemoryCopy::begin(&vm, &report, injected, stream, options, images, progress).await?;
                 (Some(memory), Some(saver))
             }
             Mode::B => {

@@ -47,6 +47,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state::{self, Loader};
 use crate::guest::{launch, processor};
 use crate::link::{PeerIdentity, PeerStream, Router, StreamOffer};
+use crate::memory::disks::Images;
 use crate::memory::stream::{self, StreamOptions};
 use crate::memory::target::TargetOptions;
 use crate::memory::{Limiter, Progress};
@@ -416,9 +417,21 @@ impl TargetSide {
         let _ = self.events.try_send(Event::Broken(told));
     }
 
+    /// The images under the VM's volumes, as far as they are here.
+    async fn images(&self) -> Result<Images> {
+        let mut images = Images::default();
+        for name in &self.offer.spec.volumes {
+            let record = self.volumes.read(name).await?;
+            images.0.push(self.shared.vms.volumes().image_here(&record).await?);
+        }
+        Ok(images)
+    }
+
     async fn receive_memory(&self, mut stream: PeerStream) -> Result<()> {
         let blocks = super::copy::target_blocks(&*self.vm()?)?;
-        let (options, progress) = (TargetOptions::default(), Progress::default());
+        let (techniques, images) = (self.shared.techniques, self.images().await?);
+        let options = TargetOptions { techniques, images, ..TargetOptions::default() };
+        let progress = Progress::default();
         crate::memory::target::receive(&mut stream, blocks, &options, &progress).await?;
         Ok(())
     }

@@ -36,7 +36,7 @@ use whimbrel_wire::meta::ImageParent;
 use whimbrel_wire::record::image::BLOCK_BYTES;
 use whimbrel_wire::{HostId, ImageId, Name, Time};
 
-use super::cache::ImageCache;
+use super::cache::{ImageCache, Loaded};
 use super::fetch::{self, Arrival};
 use super::images::{Images, Shared};
 use super::manifest::Manifest;
@@ -582,6 +582,23 @@ impl BlockRead for Image {
             }
         }
         Ok(())
+    }
+
+    fn read_here(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> Result<bool> {
+        let core = &self.core;
+        let length = core.check_range(offset, into)?;
+        for (way, range) in core.ways(offset, length) {
+            let mut target = sub_slices(into, range.start - offset, range.end - range.start);
+            match way {
+                Way::Zeros => target.iter_mut().for_each(|slice| slice.fill(0)),
+                Way::Cache => core.cache.read_verified(range.start, &mut target)?,
+                Way::Fetch => {
+                    let Loaded::Good(bytes) = core.cache.load(range.start / BLOCK)? else { return Ok(false) };
+                    copy_into(&bytes, usize::try_from(range.start % BLOCK).unwrap_or(0), &mut target)?;
+                }
+            }
+        }
+        Ok(true)
     }
 
     fn read_now(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> Result<bool> {

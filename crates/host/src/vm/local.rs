@@ -19,8 +19,8 @@ use super::{KILL_LIMIT, VmConfig};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::nbd::{NbdOptions, NbdServer};
 use crate::export::{
-    DeviceSlot, FrontEndState, SizeNotice, SlotState, SocketOwner, VhostUserOptions, VhostUserServer,
-    WriteTracker,
+    DeviceSlot, FilledFrom, FrontEndState, SizeNotice, SlotState, SocketOwner, VhostUserOptions,
+    VhostUserServer, WriteTracker,
 };
 use crate::guest::binary::QemuBinary;
 use crate::guest::launch::{self, DiskKind, DiskSocket, LaunchPlan, disk_queues};
@@ -121,6 +121,15 @@ impl VmDisk {
     pub fn track_writes(&self, tracker: Option<WriteTracker>) {
         if let Some(DiskServer::VhostUser(server)) = &*self.server.lock() {
             server.track_writes(tracker);
+        }
+    }
+
+    /// Which block of the disk each page of a RAM file (device and inode number) was filled from, if anybody knows. Over
+    /// NBD QEMU itself fills them.
+    pub fn filled(&self, device: u64, inode: u64) -> Option<FilledFrom> {
+        match &*self.server.lock() {
+            Some(DiskServer::VhostUser(server)) => server.filled(device, inode),
+            Some(DiskServer::Nbd(_)) | None => None,
         }
     }
 

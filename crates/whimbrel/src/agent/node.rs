@@ -180,6 +180,7 @@ impl Node {
             Arc::clone(&meta),
             vms.clone(),
             agent.tasks.clone(),
+            config.memory.techniques(),
             config.data_dir.join("moves"),
         )?;
         let service = Service::new(Arc::clone(&meta), links.clone(), &files)?;

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Subcommand, ValueEnum};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use whimbrel_wire::api::{
-    DiskMove, PostCopy, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun, VmStop,
+    DiskMove, MemoryTechnique, PostCopy, TaskStarted, Vm, VmAdopt, VmConsole, VmMigrate, VmRecover, VmRun,
+    VmStop,
 };
 use whimbrel_wire::meta::{Mode, NetSpec, VmSpec};
 use whimbrel_wire::size::{parse_bytes, parse_ms, parse_rate_bytes_s, show_bytes};
@@ -133,9 +134,23 @@ pub struct MigrateArgs {
     /// Hash all RAM at the pause on both sides and compare.
     #[arg(long)]
     pub verify: bool,
+    /// Send memory without this; may be repeated.
+    #[arg(long, value_enum, value_name = "TECHNIQUE")]
+    pub without: Vec<TechniqueArg>,
     /// Print the task and return at once.
     #[arg(long)]
     pub no_wait: bool,
+}
+
+/// `--without`
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum TechniqueArg {
+    /// Pages that are sent again as what changed.
+    Delta,
+    /// Pages named by an equal one that was sent.
+    SamePages,
+    /// Pages named by the block of an image that they were read from.
+    DiskBlocks,
 }
 
 /// `--post-copy`
@@ -270,6 +285,15 @@ fn migrate_request(args: &MigrateArgs) -> VmMigrate {
             ModeArg::B => Mode::B,
         }),
         verify: args.verify,
+        without: args
+            .without
+            .iter()
+            .map(|technique| match technique {
+                TechniqueArg::Delta => MemoryTechnique::Delta,
+                TechniqueArg::SamePages => MemoryTechnique::SamePages,
+                TechniqueArg::DiskBlocks => MemoryTechnique::DiskBlocks,
+            })
+            .collect(),
     }
 }
 

@@ -3,11 +3,11 @@
 //! ```text
 //!  source                                              target
 //!    ── Open {blocks} ─────────────────────────────────►   sizes compared
-//!    ◄────────────────────────────────────── Opened ──
+//!    ◄────────────────────────────── Opened {knows} ──
 //!    ── RoundBegin r ──────────────────────────────────►
 //!    ── Pages r (zero | raw | words | zstd …) … ───────►   verified, written
-//!    ── RoundEnd r {counts} ───────────────────────────►   all of it in place
-//!    ◄──────────────────────────── RoundDone r {counts} ──  then round r + 1
+//!    ── RoundEnd r {counts} ───────────────────────────►   all of it in place, but what is missing
+//!    ◄────────────────── RoundDone r {counts, missing} ──   then round r + 1
 //!    ── DigestAsk ─────────────────────────────────────►   verify mode, guest paused
 //!    ◄──────────────────────────────── Digest {blake3} ──
 //!    ── Close ─────────────────────────────────────────►
@@ -28,15 +28,25 @@
 //! | 8 | 4 | round |
 //! | 12 | 4 | CRC-32C of header bytes 0..12, of the body up to the payload, and of the **decoded** pages |
 //!
-//! Body of a pages frame: block `u16`, encoding `u8` (0 zero, 1 raw, 2 zstd, 3 words, 4 words in zstd), reserved
-//! `u8`, run count `u32`, runs of `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in
-//! order: nothing (zero), `4096 × pages` bytes (raw), one zstd frame that decodes to exactly that many bytes, words,
-//! or one zstd frame that decodes to words. In a control frame the whole body counts as payload.
+//! Body of a pages frame: block `u16`, encoding `u8` (0 zero, 1 raw, 2 zstd, 3 words, 4 words in zstd, 5 changed words,
+//! 6 changed words in zstd, 7 references to pages, 8 references to disks), reserved `u8`, run count `u32`, runs of
+//! `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in order: nothing (zero),
+//! `4096 × pages` bytes (raw), one zstd frame that decodes to exactly that many bytes, words, one zstd frame that decodes
+//! to words, or references ([`reference`]). In a control frame the whole body counts as payload.
 //!
 //! Words stand for pages in which one 64-bit word (zero, a pattern) is frequent: one byte per page, 0, 1 or 2; then,
 //! page by page, for 0 its 4096 bytes, for 1 the frequent word (8 bytes), a mask of 512 bits (64 bytes, bit *i* of
 //! byte *j* for word 8*j* + *i*; set: the word is another one), and the other words in order (8 bytes each); for 2 the
 //! same without the mask, which is that of the last page before it that has one (there must be one).
+//!
+//! Changed words are words in which a page's first byte may also be 4, 5 or 6: as 0, 1 or 2, but what follows stands for
+//! the page XORed with the version that the target has, which is the one of the last round that carried it, or zeros. At
+//! least one page of the frame is such a page. The check is over the pages themselves: if it does not agree, the target
+//! has another version than the source thinks, writes nothing of the frame, and lacks all its pages.
+//!
+//! Encodings above 4 go only to a target that said in `Opened` that it knows what they take ([`Technique`]). A round's
+//! pages that a target `missing` says it lacks hold anything; the source sends them in a later round with encodings below
+//! 5, and the memory is complete only after a last round with nothing missing.
 //!
 //! Body of a bytes frame: encoding `u8` (1 raw, 2 zstd), reserved 3 bytes, decoded length `u32` of at most
 //! [`CHUNK_BYTES_MAX`], payload.
@@ -55,6 +65,10 @@
 use crate::error::{ErrorKind, WireError};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
+
+pub mod reference;
+
+pub use reference::{HASH_BYTES, MISSING_RUNS_MAX, Misses, Missing, REFERENCE_BYTES, Reference, Technique};
 
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
@@ -182,6 +196,14 @@ pub enum Encoding {
     Words,
     /// One zstd frame over words.
     WordsZstd,
+    /// Words, some of them changes to the version before.
+    Changes,
+    /// One zstd frame over changed words.
+    ChangesZstd,
+    /// Equal pages of this memory.
+    SamePages,
+    /// Equal blocks of images under the VM's disks.
+    DiskBlocks,
 }
 
 impl Encoding {
@@ -192,6 +214,10 @@ impl Encoding {
             Self::Zstd => 2,
             Self::Words => 3,
             Self::WordsZstd => 4,
+            Self::Changes => 5,
+            Self::ChangesZstd => 6,
+            Self::SamePages => 7,
+            Self::DiskBlocks => 8,
         }
     }
 }
@@ -253,6 +279,10 @@ impl<'a> Pages<'a> {
             2 => Encoding::Zstd,
             3 => Encoding::Words,
             4 => Encoding::WordsZstd,
+            5 => Encoding::Changes,
+            6 => Encoding::ChangesZstd,
+            7 => Encoding::SamePages,
+            8 => Encoding::DiskBlocks,
             _ => return bad("unknown encoding"),
         };
         let mut frame = Self { block, encoding, payload, header: *header, before_payload, pages: 0 };
@@ -277,7 +307,12 @@ impl<'a> Pages<'a> {
         let good = match self.encoding {
             Encoding::Zero => len == 0,
             Encoding::Raw => len == raw_len,
-            Encoding::Zstd | Encoding::Words | Encoding::WordsZstd => len > 0 && len < raw_len,
+            Encoding::Zstd
+            | Encoding::Words
+            | Encoding::WordsZstd
+            | Encoding::Changes
+            | Encoding::ChangesZstd => len > 0 && len < raw_len,
+            Encoding::SamePages | Encoding::DiskBlocks => len == self.pages * REFERENCE_BYTES as u64,
         };
         if good { Ok(()) } else { Err(corrupt("a payload's length does not fit its encoding")) }
     }
@@ -286,6 +321,19 @@ impl<'a> Pages<'a> {
     pub fn runs(&self) -> impl Iterator<Item = Run> + 'a {
         let table = self.before_payload.get(PAGES_HEAD..).unwrap_or(&[]);
         table.chunks_exact(RUN_BYTES).map(|run| Run { first_page: u32_at(run, 0), pages: u32_at(run, 4) })
+    }
+
+    /// The pages' numbers, in order.
+    pub fn page_numbers(&self) -> impl Iterator<Item = u64> + 'a {
+        self.runs()
+            .flat_map(|run| u64::from(run.first_page)..u64::from(run.first_page) + u64::from(run.pages))
+    }
+
+    /// What stands for the pages of a references frame, in their order; `None` in place of one with reserved bits.
+    pub fn references(&self) -> impl Iterator<Item = Option<Reference>> + 'a {
+        self.payload
+            .chunks_exact(REFERENCE_BYTES)
+            .map(|bytes| bytes.try_into().ok().and_then(Reference::parse))
     }
 
     /// How many pages the frame carries.
@@ -298,7 +346,7 @@ impl<'a> Pages<'a> {
         self.header.round
     }
 
-    /// Compares the check with the decoded pages (nothing for a zero frame).
+    /// Compares the check with the decoded pages (nothing for a zero frame, the payload for references).
     pub fn verify(&self, decoded: &[u8]) -> Result<(), WireError> {
         if self.header.check_of(self.before_payload, decoded) == self.header.check {
             Ok(())
@@ -412,6 +460,27 @@ pub struct RoundCounts {
     pub data_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages sent as references.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub referred_pages: u64,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+impl RoundCounts {
+    /// Pages of all kinds.
+    pub fn pages(&self) -> u64 {
+        self.data_pages + self.zero_pages + self.referred_pages
+    }
+
+    /// Adds what another part of the work carried.
+    pub fn add(&mut self, other: &Self) {
+        self.data_pages += other.data_pages;
+        self.zero_pages += other.zero_pages;
+        self.referred_pages += other.referred_pages;
+    }
 }
 
 /// Everything in the page stream that is not pages.
@@ -424,7 +493,11 @@ pub enum Control {
         blocks: Vec<BlockShape>,
     },
     /// Target: my blocks have the same sizes.
-    Opened,
+    Opened {
+        /// What the source may use beyond encodings 0 to 4.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        knows: Vec<Technique>,
+    },
     /// Source: pages of the header's round follow.
     RoundBegin {
         /// The guest is paused; nothing follows but this.
@@ -441,6 +514,12 @@ pub enum Control {
         counts: RoundCounts,
         /// Milliseconds of processor time that decoding and writing took, over all threads.
         decode_ms: u64,
+        /// Pages that have to be sent again, at most [`MISSING_RUNS_MAX`] runs; some of them may not be missing.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        missing: Vec<Missing>,
+        /// How they had been sent.
+        #[serde(default, skip_serializing_if = "Misses::is_none")]
+        misses: Misses,
     },
     /// Source: hash all blocks.
     DigestAsk,
@@ -603,6 +682,55 @@ mod test {
             damaged[at] ^= 1;
             assert!(check(&damaged).is_err(), "byte {at}");
         }
+    }
+
+    #[test]
+    fn references_come_back_and_a_wrong_number_of_them_is_refused() {
+        let one = Reference { object: 1, index: 77, hash: [9; HASH_BYTES] };
+        let two = Reference { object: 0, index: u32::MAX, hash: [7; HASH_BYTES] };
+        let mut payload = Vec::new();
+        one.put(&mut payload);
+        two.put(&mut payload);
+        let runs = [Run { first_page: 5, pages: 1 }, Run { first_page: 9, pages: 1 }];
+        let bytes = frame(Encoding::SamePages, &runs, &payload);
+        let (head, body) = bytes.split_first_chunk().unwrap();
+        let header = Header::parse(head).unwrap();
+        let pages = Pages::parse(&header, body, &BLOCKS).unwrap();
+        pages.verify(pages.payload).unwrap();
+        assert_eq!(pages.references().collect::<Vec<_>>(), [Some(one), Some(two)]);
+        assert_eq!(pages.page_numbers().collect::<Vec<_>>(), [5, 9]);
+        assert!(parse(&frame(Encoding::DiskBlocks, &runs, &payload[1..])).is_err());
+        payload[2] = 1;
+        let bytes = frame(Encoding::DiskBlocks, &runs, &payload);
+        let (head, body) = bytes.split_first_chunk().unwrap();
+        let pages = Pages::parse(&Header::parse(head).unwrap(), body, &BLOCKS).unwrap();
+        assert_eq!(pages.references().collect::<Vec<_>>(), [None, Some(two)]);
+        let many = [Run { first_page: 0, pages: GROUP_PAGES_MAX as u32 + 1 }];
+        let payload = vec![0; (GROUP_PAGES_MAX + 1) * REFERENCE_BYTES];
+        assert!(parse(&frame(Encoding::SamePages, &many, &payload)).is_err());
+    }
+
+    /// Releases that know no techniques say and hear less; both sides understand each other.
+    #[test]
+    fn neighbouring_releases_understand_each_other() {
+        let read = |text: &str| serde_json::from_str::<Control>(text).unwrap();
+        assert_eq!(read(r#"{"message":"opened"}"#), Control::Opened { knows: vec![] });
+        assert_eq!(
+            read(r#"{"message":"opened","knows":["delta","telepathy"]}"#),
+            Control::Opened { knows: vec![Technique::Delta, Technique::Unknown] }
+        );
+        let old = r#"{"message":"round_done","counts":{"data_pages":1,"zero_pages":2},"decode_ms":3}"#;
+        let counts = RoundCounts { data_pages: 1, zero_pages: 2, referred_pages: 0 };
+        let done =
+            Control::RoundDone { counts, decode_ms: 3, missing: Vec::new(), misses: Misses::default() };
+        assert_eq!(read(old), done);
+        assert_eq!(serde_json::to_string(&done).unwrap(), old);
+        let quiet = Control::Opened { knows: Vec::new() };
+        assert_eq!(serde_json::to_string(&quiet).unwrap(), r#"{"message":"opened"}"#);
+        let mut full = Vec::new();
+        let missing = vec![Missing(u16::MAX, u32::MAX, u32::MAX); MISSING_RUNS_MAX];
+        let misses = Misses { delta: u64::MAX, same: u64::MAX, disk: u64::MAX };
+        Control::RoundDone { counts, decode_ms: u64::MAX, missing, misses }.put(&mut full, 1).unwrap();
     }
 
     #[test]
