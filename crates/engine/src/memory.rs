@@ -1,3 +1,4 @@
-//! Memory on the move: when to stop copying and pause ([`precopy`]).
+//! Memory on the move: when to stop copying and pause ([`precopy`]), how the guest's writes are followed ([`page_group`]).
 
+pub mod page_group;
 pub mod precopy;

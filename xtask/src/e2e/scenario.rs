@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, memory, nbd,
+    Context, IMAGE, Scenario, adopt, capture, cold_block, errors, files, formats, iotests, kill, memory, nbd,
     no_space, on_demand, resize, snapshots, swarm,
 };
 use crate::cmd::output;
@@ -27,10 +27,14 @@ pub const ANY_VERSION: [&str; 7] = [
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 27] = [
+pub const ALL: [Scenario; 28] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
+    (
+        "writes are followed in groups, and disks past the page cache waited for",
+        capture::followed_in_groups_and_past_the_page_cache,
+    ),
     ("a TCP connection survives a move", tcp_survives),
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),
     ("a killed guest comes back with every acknowledged record", acknowledged_records_survive),

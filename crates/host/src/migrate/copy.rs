@@ -9,6 +9,8 @@
 //! Invariants
 //! * A page is sent after it was armed again: what the guest writes during the send is in the next set.
 //! * Pages that disk servers write for the guest are in the set too ([`SharedDirty`]).
+//! * A page that a scan reported while the guest ran is read after a grace period ([`Watch::grace`]): a direct transfer
+//!   that was under way at the scan has ended then.
 //! * After the last scan the guest stands still and no disk is served, so nothing changes any more but what QEMU
 //!   itself writes while it saves its devices: a scan after the save catches that.
 //!
@@ -21,19 +23,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt as _;
+use whimbrel_engine::memory::page_group::{Capture as Way, Wanted};
 use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
 use whimbrel_wire::Name;
 use whimbrel_wire::peer::migrate::{LayerHave, LayerHead, PullHead};
 use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
 use super::data::{self, Chunk};
+use super::follow::{self, Follow};
+use super::watch::Watch;
 use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
 use crate::disk::{Layer, ReclaimHold, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::WriteTracker;
+use crate::guest::capture::Capture;
 use crate::guest::device_state::Saver;
-use crate::guest::dirty::Tracker;
 use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
@@ -62,7 +67,8 @@ pub fn target_blocks(vm: &LocalVm) -> Result<Vec<RamFile>> {
 
 /// One RAM block under copy.
 struct Block {
-    tracker: Tracker,
+    capture: Capture,
+    follow: Follow,
     by_disks: Arc<SharedDirty>,
     dirty: PageBitmap,
     before: PageBitmap,
@@ -72,7 +78,8 @@ impl Block {
     /// The pages written since the last look; they are dirty from now on.
     fn written(&mut self) -> Result<PageBitmap> {
         let mut fresh = PageBitmap::new(self.dirty.pages());
-        self.tracker.scan(&mut fresh)?;
+        let stats = self.capture.scan(&mut fresh)?;
+        self.follow.scanned(self.capture.way(), &fresh, stats.took);
         self.by_disks.drain_into(&mut fresh);
         self.dirty.merge(&fresh);
         Ok(fresh)
@@ -83,6 +90,7 @@ impl Block {
 pub struct MemoryCopy {
     blocks: Vec<Block>,
     source: Source<PeerStream>,
+    watch: Watch,
 }
 
 /// A layer under copy.
@@ -105,6 +113,7 @@ impl MemoryCopy {
         stream: PeerStream,
         options: SourceOptions,
         progress: Progress,
+        wanted: Wanted,
     ) -> Result<Self> {
         let ours: Vec<&RamBlock> = report.ram.iter().filter(|block| block.moved_by == MovedBy::Us).collect();
         tracing::debug!(vm = %vm.name, stopped_us = injected.stopped.as_micros(), "userfaultfd made inside QEMU");
@@ -127,12 +136,29 @@ impl MemoryCopy {
                 WriteTracker { device: meta.dev(), inode: meta.ino(), dirty: Arc::clone(&by_disks) };
             disk.track_writes(Some(tracker));
         }
-        let tracker = Tracker::attach(vm.process.pid(), injected.uffd, &file, &block.mappings)?;
+        let (way, uffd) = match Follow::first(wanted) {
+            Way::Pages => (Way::Pages, injected.uffd),
+            Way::Groups => match follow::injected_for(Way::Groups, vm).await {
+                Ok(serving) => (Way::Groups, serving.uffd),
+                Err(error) => {
+                    tracing::warn!(vm = %vm.name, %error, "writes are followed page by page, not in groups");
+                    (Way::Pages, injected.uffd)
+                }
+            },
+        };
+        let capture = Capture::attach(way, vm.process.pid(), uffd, &file, &block.mappings)?;
+        let follow = Follow::new(wanted, pages);
         let ram = RamFile::open_source(block.name.clone(), path)?;
         let source = Source::open(stream, vec![ram], options, progress).await?;
-        let block =
-            Block { tracker, by_disks, dirty: PageBitmap::new(pages), before: PageBitmap::new(pages) };
-        Ok(Self { blocks: vec![block], source })
+        let block = Block {
+            capture,
+            follow,
+            by_disks,
+            dirty: PageBitmap::new(pages),
+            before: PageBitmap::new(pages),
+        };
+        let watch = Watch::new(vm.qmp().await?, report);
+        Ok(Self { blocks: vec![block], source, watch })
     }
 
     /// Adds what was written since the last scan; pages, and those of them that were in the set before, too.
@@ -148,8 +174,39 @@ impl MemoryCopy {
         Ok((dirty, hot))
     }
 
+    /// Follows writes in the other way from now on, if that is the better one.
+    async fn follow_better(&mut self, vm: &LocalVm, report: &RoundReport) -> Result<()> {
+        for index in 0..self.blocks.len() {
+            let Some(block) = self.blocks.get_mut(index) else { break };
+            let dirty_pages = block.dirty.count();
+            let Some(way) = block.follow.consider(&block.capture, report, dirty_pages) else { continue };
+            let Some(injected) = block.follow.userfaultfd(way, vm).await else { continue };
+            // It takes long for a large guest, and other work waits for this thread.
+            let mut blocks = std::mem::take(&mut self.blocks);
+            let switched = blocking("follow writes in another way", move || {
+                let result = match blocks.get_mut(index) {
+                    Some(block) => block.capture.switch(injected.uffd, &mut block.dirty),
+                    None => Ok(()),
+                };
+                Ok((blocks, result))
+            });
+            let (blocks, result) = switched.await?;
+            self.blocks = blocks;
+            result?;
+        }
+        Ok(())
+    }
+
+    fn show(&self, task: &TaskHandle) {
+        self.watch.show(task);
+        self.blocks.iter().for_each(|block| block.follow.show(&block.capture, task));
+    }
+
     /// Sends what is dirty, except (if `withhold`) what was dirty the round before, too.
     async fn round(&mut self, withhold: bool, last: bool) -> Result<RoundReport> {
+        if !last {
+            self.watch.grace().await?;
+        }
         let mut sets = Vec::with_capacity(self.blocks.len());
         for block in &mut self.blocks {
             let mut set = block.dirty.take();
@@ -177,6 +234,11 @@ impl MemoryCopy {
         self.round(false, true).await
     }
 
+    /// Fails if the VM's memory is not the one that is copied any more.
+    pub async fn must_be_same(&self) -> Result<()> {
+        self.watch.same_memory().await
+    }
+
     /// Compares the hashes of all RAM at both ends.
     pub async fn compare(&mut self) -> Result<String> {
         Ok(self.source.compare_digests().await?.to_hex().to_string())
@@ -185,7 +247,7 @@ impl MemoryCopy {
     /// Stops tracking, whatever state the stream is in.
     pub fn abandon(self) {
         for block in self.blocks {
-            if let Err(error) = block.tracker.detach() {
+            if let Err(error) = block.capture.detach() {
                 tracing::warn!(%error, "write tracking was not undone");
             }
         }
@@ -358,6 +420,7 @@ impl Copying {
     /// One round of memory and layers (mode A).
     pub async fn round(
         &mut self,
+        vm: &LocalVm,
         withhold: &mut bool,
         task: &TaskHandle,
         progress: &Progress,
@@ -369,12 +432,15 @@ impl Copying {
         };
         if progress.get().round == 0 {
             memory.scan()?;
+            memory.blocks.iter_mut().for_each(|block| block.follow.begin());
         }
         let report = memory.round(*withhold, false).await?;
+        memory.show(task);
         *layer_bytes += layers_pass(&mut self.layers, &mut self.maps).await?;
         if let Some(rest) = ROUND_MIN.checked_sub(started.elapsed()) {
             tokio::time::sleep(rest).await;
         }
+        memory.follow_better(vm, &report).await?;
         let (dirty, hot) = memory.scan()?;
         let after = self.judge(report.to_engine(dirty, hot, 0), task, progress)?;
         *withhold = matches!(after, After::GoOn { withhold_hot: true });

@@ -321,7 +321,9 @@ impl SourceSide {
                     None => inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?,
                 };
                 let progress = self.progress.clone();
-                let memory = MemoryCopy::begin(&vm, &report, injected, stream, options, progress).await?;
+                let wanted = self.shared.vms.config().write_tracking;
+                let memory =
+                    MemoryCopy::begin(&vm, &report, injected, stream, options, progress, wanted).await?;
                 (Some(memory), Some(saver))
             }
             Mode::B => {
@@ -348,11 +350,17 @@ impl SourceSide {
         let mut layer_bytes = self.layer_bytes.load(Ordering::Relaxed);
         while !self.stop_copy.load(Ordering::Acquire) {
             let after = match self.offer.mode {
-                Mode::A => copying.round(&mut withhold, &self.task, &self.progress, &mut layer_bytes).await?,
+                Mode::A => {
+                    let vm = self.vm()?;
+                    copying.round(&vm, &mut withhold, &self.task, &self.progress, &mut layer_bytes).await?
+                }
                 Mode::B => self.qemu_round(copying, &mut layer_bytes).await?,
             };
             self.layer_bytes.store(layer_bytes, Ordering::Relaxed);
             if matches!(after, After::Fits) {
+                if let Some(memory) = &copying.memory {
+                    memory.must_be_same().await?;
+                }
                 let _ = self.events.send(Event::Done(SourceWork::Copy)).await;
                 let _ = tokio::time::timeout(ORDER_WAIT, self.order.notified()).await;
             }
