@@ -10,6 +10,7 @@
 //! Not here: measuring speed (`bench/`), the simulator's far larger number of faults (`crates/sim`).
 
 mod adopt;
+mod capture;
 mod cold_block;
 mod errors;
 mod files;

@@ -1,9 +1,9 @@
 //! QEMU on this host: start it, speak with it, see what its guest writes, take and give its device state.
 //!
 //! ```text
-//!   binary ──▶ launch ──▶ process ──▶ qmp ──▶ precheck ──▶ inject ──▶ dirty ──▶ device_state
-//!   find it    command    run it,     talk    may it be    a uffd     pages     the rest of
-//!              line       watch it    to it   moved? how?  of QEMU    written   the VM
+//!   binary ──▶ launch ──▶ process ──▶ qmp ──▶ precheck ──▶ inject ──▶ capture ──▶ device_state
+//!   find it    command    run it,     talk    may it be    a uffd     pages       the rest of
+//!              line       watch it    to it   moved? how?  of QEMU    written     the VM
 //! ```
 //!
 //! Invariants
@@ -15,8 +15,12 @@
 
 pub mod agent;
 pub mod binary;
+pub(crate) mod calibrate;
+pub mod capture;
 pub mod device_state;
 pub mod dirty;
+pub mod drain;
+pub mod fault;
 pub mod foreign;
 pub mod inject;
 pub mod launch;
@@ -27,5 +31,7 @@ pub mod processor;
 pub mod qmp;
 mod seccomp;
 pub mod tap;
+#[cfg(test)]
+mod test_capture;
 mod tracee;
 pub mod uffd;

@@ -23,10 +23,12 @@ mod control;
 mod copy;
 mod data;
 mod driver;
+mod follow;
 mod journal;
 mod source;
 mod store;
 mod target;
+mod watch;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -44,7 +46,8 @@ use whimbrel_wire::{AttemptId, HostId, Name};
 use crate::clock;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::guest::inject::{self, Injected};
-use crate::guest::processor;
+use crate::guest::precheck::Report;
+use crate::guest::{drain, processor};
 use crate::link::{Links, Router};
 use crate::memory::Techniques;
 use crate::meta::MetaStore;
@@ -249,10 +252,10 @@ impl Migrations {
             (Some(asked), Some(_)) => asked,
             (None, Some(best)) => best,
         };
-        // Mode A is offered only when what it takes stands inside QEMU already.
+        // Mode A is offered only when what it takes stands inside QEMU already, and the disks can be waited for.
         let (mode, tracking) = match mode {
             Mode::B => (Mode::B, Ok(None)),
-            Mode::A => match inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await {
+            Mode::A => match prepare_tracking(vm, &report).await {
                 Ok(injected) => (Mode::A, Ok(Some(injected))),
                 Err(error) if request.mode.is_none() && report.mode_b_reasons.is_empty() => {
                     (Mode::B, Err(format!("moved in mode B, because mode A could not begin: {error}")))
@@ -293,6 +296,18 @@ fn result_of(outcome: &Outcome, vm: &Name) -> Result<()> {
         }
         Outcome::Crashed(error) => Err(Error::from(error.clone())),
     }
+}
+
+/// What mode A takes in a QEMU.
+async fn prepare_tracking(vm: &LocalVm, report: &Report) -> Result<Injected> {
+    let qmp = vm.qmp().await?;
+    if !report.direct_io.is_empty() {
+        let took = drain::drain(&qmp).await?;
+        if took > drain::DRAIN_LIMIT {
+            return Err(drain::too_slow(took));
+        }
+    }
+    inject::userfaultfd_of(&qmp, &vm.process).await
 }
 
 /// What of a move a task shows; a move taken up after a restart has a task of its own.

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
+use whimbrel_engine::memory::page_group::Wanted;
 use whimbrel_wire::api::{VmRun, VolumeResize, VolumeSnapshot};
 use whimbrel_wire::meta::{IoLimits, VmRecord, VmSpec, VmState, VolumeRecord, key};
 use whimbrel_wire::{Epoch, HostId, Name, Object, Right, VmId};
@@ -63,6 +64,8 @@ pub struct VmConfig {
     pub qemu: Option<PathBuf>,
     /// The user and group that VMs run as; the agent's own if none.
     pub user: Option<(u32, u32)>,
+    /// How a guest's writes are followed while its memory is copied.
+    pub write_tracking: Wanted,
 }
 
 /// All VMs of this host.

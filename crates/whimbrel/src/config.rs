@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
+use whimbrel_engine::memory::page_group::{Capture, Wanted};
 use whimbrel_host::memory::Techniques;
 
 /// Where the agent listens and the command line connects.
@@ -46,6 +47,9 @@ pub struct Config {
     pub upload_limit_bytes_s: u64,
     /// How fast the cache is re-read in search of bit rot; 0 turns it off.
     pub scrub_bytes_s: u64,
+    /// How a guest's writes are followed while its memory is copied: `auto` (by measured cost), always `pages`
+    /// (asynchronously, one by one) or always `groups` (by write faults that open several).
+    pub write_tracking: WriteTracking,
     /// Tenants whose objects this host may read; empty means objects without a domain.
     pub domains: Vec<String>,
     /// How memory travels when a VM is moved by the agents (mode A).
@@ -80,6 +84,29 @@ impl Memory {
     }
 }
 
+/// See [`Config::write_tracking`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WriteTracking {
+    /// Whichever costs less.
+    #[default]
+    Auto,
+    /// Page by page.
+    Pages,
+    /// In groups.
+    Groups,
+}
+
+impl From<WriteTracking> for Wanted {
+    fn from(tracking: WriteTracking) -> Self {
+        match tracking {
+            WriteTracking::Auto => Self::Auto,
+            WriteTracking::Pages => Self::Always(Capture::Pages),
+            WriteTracking::Groups => Self::Always(Capture::Groups),
+        }
+    }
+}
+
 /// The metadata store of a cluster.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -108,6 +135,7 @@ impl Default for Config {
             keep_after_fetches: 1,
             upload_limit_bytes_s: 0,
             scrub_bytes_s: 4 << 20,
+            write_tracking: WriteTracking::Auto,
             domains: Vec::new(),
             memory: Memory::default(),
         }

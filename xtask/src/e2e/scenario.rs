@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 
 use super::{
-    Context, IMAGE, Scenario, adopt, cold_block, errors, files, formats, iotests, kill, live, memory, nbd,
-    no_space, on_demand, resize, shorter, snapshots, swarm,
+    Context, IMAGE, Scenario, adopt, capture, cold_block, errors, files, formats, iotests, kill, live,
+    memory, nbd, no_space, on_demand, resize, shorter, snapshots, swarm,
 };
 use crate::cmd::output;
 use crate::flight::Flight;
@@ -29,11 +29,15 @@ pub const ANY_VERSION: [&str; 8] = [
 ];
 
 /// In the order they run.
-pub const ALL: [Scenario; 29] = [
+pub const ALL: [Scenario; 30] = [
     ("a workload's own check reports what is damaged on purpose", damage_is_reported),
     ("moves to and fro in mode A lose nothing", to_and_fro_mode_a),
     ("moves to and fro in mode B lose nothing", to_and_fro_mode_b),
     ("memory that is known at the target does not travel", shorter::memory_travels_shorter),
+    (
+        "writes are followed in groups, and disks past the page cache waited for",
+        capture::followed_in_groups_and_past_the_page_cache,
+    ),
     ("a TCP connection survives a move", tcp_survives),
     ("moves are steered while they run", live::moves_are_steered),
     ("an agent killed under a running guest comes back and the guest never noticed", agent_restart),

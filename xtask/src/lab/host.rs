@@ -130,6 +130,13 @@ impl Host {
         fs::write(self.config_path(), self.config(qemu)).context("write the agent's configuration")
     }
 
+    /// Adds lines to the agent's configuration, for its next start.
+    pub fn configure(&self, lines: &str) -> Result<()> {
+        let path = self.config_path();
+        let config = fs::read_to_string(&path).context("read the agent's configuration")?;
+        fs::write(path, config + lines).context("write the agent's configuration")
+    }
+
     fn config_path(&self) -> PathBuf {
         self.dir.join("whimbrel.toml")
     }

@@ -9,11 +9,13 @@
 //! * A page that QEMU writes after a scan has returned is in the set of the next scan. Arming comes first: the
 //!   first scan returns every page that exists, so that nothing written before is missed.
 //! * Seen are writes through QEMU's own page tables: its threads, its guest's processors, the kernel on their
-//!   behalf. Not seen: direct I/O under way and other processes that map the same file. The precheck refuses the
-//!   former; our own disk server marks what it writes.
+//!   behalf. Direct I/O is seen when it begins, not when it ends: what a scan reported may be read only after a grace
+//!   period (`drain`). Other processes that map the same file are not seen: the precheck refuses them; our own disk
+//!   server marks what it writes.
 //! * Pages that were never touched are holes of the RAM file and cost nothing.
 //!
-//! Not here: how the descriptor came out of QEMU (`inject`), what happens to the pages (`memory`).
+//! Not here: how the descriptor came out of QEMU (`inject`), what happens to the pages (`memory`), the other way of
+//! following writes (`fault`) and the change between the two (`capture`).
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -67,6 +69,20 @@ impl Tracker {
     /// Starts to track process `pid` with its userfaultfd `uffd`, over `mappings` of the file `ram`.
     pub fn attach(pid: u32, uffd: OwnedFd, ram: &File, mappings: &[RamMapping]) -> Result<Self> {
         let action = || format!("track writes of process {pid}");
+        let mut tracker = Self::start(pid, uffd, ram, mappings)?;
+        for index in 0..tracker.mappings.len() {
+            let Some(&RamMapping { address, length, .. }) = tracker.mappings.get(index) else { break };
+            // A failure undoes what was registered: the tracker is dropped.
+            uffd::register_wp(tracker.uffd.as_fd(), address, length).with_context(action)?;
+            tracker.registered = index + 1;
+        }
+        tracker.first = true;
+        Ok(tracker)
+    }
+
+    /// Prepares to track; nothing is registered yet, see [`Tracker::arm`].
+    pub(super) fn start(pid: u32, uffd: OwnedFd, ram: &File, mappings: &[RamMapping]) -> Result<Self> {
+        let action = || format!("track writes of process {pid}");
         for mapping in mappings {
             if [mapping.file_offset, mapping.address, mapping.length].iter().any(|n| n % PAGE != 0) {
                 return Err(Error::new(
@@ -83,14 +99,28 @@ impl Tracker {
         let ram = ram.try_clone().with_context(action)?;
         let regions = vec![Region::default(); REGIONS_MAX];
         let mappings = mappings.to_vec();
-        let mut tracker = Self { pid, uffd, pagemap, ram, mappings, regions, first: true, registered: 0 };
-        for index in 0..tracker.mappings.len() {
-            let Some(&RamMapping { address, length, .. }) = tracker.mappings.get(index) else { break };
-            // A failure undoes what was registered: the tracker is dropped.
-            uffd::register_wp(tracker.uffd.as_fd(), address, length).with_context(action)?;
-            tracker.registered = index + 1;
-        }
-        Ok(tracker)
+        Ok(Self { pid, uffd, pagemap, ram, mappings, regions, first: false, registered: 0 })
+    }
+
+    /// Registers a part of a mapping, and arms every page of it, without telling which were written.
+    pub(super) fn arm(&mut self, part: RamMapping) -> Result<()> {
+        uffd::register_wp(self.uffd.as_fd(), part.address, part.length)
+            .with_context(|| format!("track writes of process {}", self.pid))?;
+        // If anything fails from here on, the end of this tracker undoes all of it.
+        self.registered = self.mappings.len();
+        self.scan_mapping(part, &mut PageBitmap::new(0)).map(drop)
+    }
+
+    /// Ends the tracking of a part of a mapping.
+    pub(super) fn disarm(&mut self, part: RamMapping) -> Result<()> {
+        uffd::unregister(self.uffd.as_fd(), part.address, part.length)
+            .with_context(|| format!("stop tracking process {}", self.pid))
+    }
+
+    /// Every part is disarmed, and belongs to another userfaultfd: the end of this one must not touch them, as the kernel
+    /// lets one descriptor unregister the ranges of another.
+    pub(super) fn is_spent(&mut self) {
+        self.registered = 0;
     }
 
     /// Adds the pages written since the last scan to `into` (page numbers of the file) and arms them again. The
@@ -112,7 +142,7 @@ impl Tracker {
         Ok(stats)
     }
 
-    fn scan_mapping(&mut self, mapping: RamMapping, into: &mut PageBitmap) -> Result<u64> {
+    pub(super) fn scan_mapping(&mut self, mapping: RamMapping, into: &mut PageBitmap) -> Result<u64> {
         let end = mapping.address.saturating_add(mapping.length);
         let mut at = mapping.address;
         let mut dirty = 0;

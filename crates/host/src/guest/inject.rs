@@ -68,11 +68,23 @@ impl Way {
 /// Makes a userfaultfd inside a QEMU by running one system call in its main thread. Its guest's processors run on.
 /// The descriptor inside QEMU is closed again: when ours is closed, by the kernel if the agent dies, all is undone.
 pub async fn userfaultfd_of(qmp: &Qmp, process: &QemuProcess) -> Result<Injected> {
+    make(qmp, process, true).await
+}
+
+/// The same, for a descriptor that also gets the faults of the kernel on QEMU's behalf: whoever stops a guest's writes
+/// until the agent has looked needs that, or system calls of QEMU's would fail.
+pub async fn serving_userfaultfd_of(qmp: &Qmp, process: &QemuProcess) -> Result<Injected> {
+    make(qmp, process, false).await
+}
+
+async fn make(qmp: &Qmp, process: &QemuProcess, user_mode_will_do: bool) -> Result<Injected> {
     let mut ways = Vec::new();
     if proc_fs::has_capability(process.pid(), proc_fs::CAP_SYS_PTRACE)? || unprivileged_allowed() {
         ways.push(Way::Call(0));
     }
-    ways.push(Way::Call(uffd::USER_MODE_ONLY));
+    if user_mode_will_do {
+        ways.push(Way::Call(uffd::USER_MODE_ONLY));
+    }
     let mut tried = Vec::new();
     for way in ways {
         match inject(process, way).await {

@@ -12,7 +12,9 @@
 //! Not here: carrying out the move (`migrate`).
 
 mod devices;
+mod nodes;
 mod ram;
+mod sharers;
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -35,8 +37,6 @@ pub struct HostFacts {
     pub tracking_missing: Option<String>,
     /// Sockets of the agent's own disk servers.
     pub disk_sockets: Vec<PathBuf>,
-    /// Disks of QEMU's own will be on volumes before the VM is moved: how they are opened now does not count.
-    pub disks_follow: bool,
 }
 
 /// Who carries a RAM block to the target.
@@ -95,6 +95,9 @@ pub struct Report {
     pub ram: Vec<RamBlock>,
     /// Every disk.
     pub disks: Vec<Disk>,
+    /// Files and devices whose transfers go past the page tables until they have ended: mode A has to let QEMU's disks
+    /// drain (`guest::drain`) before it reads what a scan reported. Empty for most VMs, which then pay nothing.
+    pub direct_io: Vec<String>,
     /// Machine type, versioned.
     pub machine: String,
     /// Processor model.
@@ -126,7 +129,9 @@ async fn look(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Rep
     found.look_at_migration(qmp).await?;
     let ram = ram::blocks(qmp, process.pid(), &mut found).await?;
     let disks = devices::disks(qmp, facts, &mut found).await?;
-    devices::others(qmp, &mut found).await?;
+    let mut direct_io = nodes::direct_io(qmp, &mut found).await?;
+    direct_io.extend(devices::others(qmp, &mut found).await?);
+    sharers::others(process.pid(), &ram, &mut found)?;
     let cpus: Vec<Value> = qmp.execute("query-cpus-fast", json!({})).await?;
     let first = cpus.first().map(|cpu| text_at(cpu, "qom-path", "query-cpus-fast")).transpose()?;
     let cpu = match first {
@@ -155,12 +160,18 @@ async fn look(qmp: &Qmp, process: &QemuProcess, facts: &HostFacts) -> Result<Rep
         refusals: found.refusals,
         ram,
         disks,
+        direct_io,
         machine: property(qmp, "/machine", "type").await?.trim_end_matches("-machine").to_owned(),
         cpu,
         vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
         accel: accel.to_owned(),
         qemu_version: qmp.version(),
     })
+}
+
+/// Name and size of every RAM block that QEMU has now: what is added to a running VM shows here.
+pub async fn ram_sizes(qmp: &Qmp) -> Result<Vec<(String, u64)>> {
+    ram::sizes(qmp).await
 }
 
 /// The files that are a QEMU's RAM.
@@ -247,10 +258,6 @@ impl HostFacts {
                  or later and the right to userfaultfd"
             )
         };
-        Self {
-            tracking_missing: uffd::probe_tracking().err().map(words),
-            disk_sockets: Vec::new(),
-            disks_follow: false,
-        }
+        Self { tracking_missing: uffd::probe_tracking().err().map(words), disk_sockets: Vec::new() }
     }
 }

@@ -12,10 +12,13 @@ use crate::error::{Context, Error, ErrorKind, Result};
 pub(crate) struct Mapping {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    pub(crate) writable: bool,
     pub(crate) executable: bool,
     pub(crate) shared: bool,
     /// Offset in the file.
     pub(crate) offset: u64,
+    /// The file system's device number, as `stat` gives it.
+    pub(crate) device: u64,
     pub(crate) inode: u64,
     /// The file, or `[vdso]` and the like; empty if anonymous.
     pub(crate) path: String,
@@ -39,14 +42,18 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
     let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-    let _device = fields.next()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let number = |text| u32::from_str_radix(text, 16).ok();
+    let device = rustix::fs::makedev(number(major)?, number(minor)?);
     let inode = fields.next()?.parse().ok()?;
     Some(Mapping {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
+        writable: rights.get(1) == Some(&b'w'),
         executable: rights.get(2) == Some(&b'x'),
         shared: rights.get(3) == Some(&b's'),
         offset,
+        device,
         inode,
         path: fields.next().unwrap_or_default().trim_start().to_owned(),
     })
@@ -117,7 +124,8 @@ mod test {
         assert_eq!(mapping.start, 0x7f00_0000_0000);
         assert_eq!(mapping.length(), 0x800_0000);
         assert_eq!((mapping.offset, mapping.inode), (0x1000, 4711));
-        assert!(mapping.shared && !mapping.executable);
+        assert!(mapping.shared && mapping.writable && !mapping.executable);
+        assert_eq!(mapping.device, rustix::fs::makedev(0, 0x1a));
         assert_eq!(mapping.path, "/dev/shm/a b (deleted)");
         assert!(parse_mapping("rubbish").is_none());
     }

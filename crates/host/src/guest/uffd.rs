@@ -24,6 +24,10 @@ pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 pub const TRACKING_FEATURES: u64 =
     FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;
 
+/// All that serving write faults needs.
+pub const FAULT_FEATURES: u64 =
+    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED;
+
 /// `UFFD_USER_MODE_ONLY`: faults of the kernel on behalf of the process are not served. Needs no privilege.
 pub const USER_MODE_ONLY: i32 = 1;
 /// `USERFAULTFD_IOC_NEW` on /dev/userfaultfd.
@@ -33,7 +37,11 @@ const API: u64 = 0xaa;
 const UFFDIO_API: u64 = 0xc018_aa3f;
 const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
+const UFFDIO_WAKE: u64 = 0x8010_aa02;
+const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 const REGISTER_MODE_WP: u64 = 1 << 1;
+const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 
 /// Write-protect the pages that are returned.
@@ -60,6 +68,23 @@ struct RegisterArg {
     range: RangeArg,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct WriteprotectArg {
+    range: RangeArg,
+    mode: u64,
+}
+
+/// `struct uffd_msg`, of which only page faults are asked for.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    thread: u64,
 }
 
 /// `struct pm_scan_arg`.
@@ -135,6 +160,52 @@ pub fn unregister(fd: BorrowedFd<'_>, start: u64, length: u64) -> io::Result<()>
     let mut argument = RangeArg { start, length };
     // SAFETY: UFFDIO_UNREGISTER takes a `struct uffdio_range`.
     unsafe { ioctl(fd, UFFDIO_UNREGISTER, &mut argument) }.map(drop)
+}
+
+/// Write-protects the pages of a registered range, or opens them and lets whoever waits for one of them go on.
+pub fn write_protect(fd: BorrowedFd<'_>, start: u64, length: u64, protect: bool) -> io::Result<()> {
+    let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
+    loop {
+        let mut argument = WriteprotectArg { range: RangeArg { start, length }, mode };
+        // SAFETY: UFFDIO_WRITEPROTECT takes a `struct uffdio_writeprotect`.
+        match unsafe { ioctl(fd, UFFDIO_WRITEPROTECT, &mut argument) } {
+            // The process changes its mappings at this moment; nothing was done.
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// Lets whoever waits for a page of a range look again.
+pub fn wake(fd: BorrowedFd<'_>, start: u64, length: u64) -> io::Result<()> {
+    let mut argument = RangeArg { start, length };
+    // SAFETY: UFFDIO_WAKE takes a `struct uffdio_range`.
+    unsafe { ioctl(fd, UFFDIO_WAKE, &mut argument) }.map(drop)
+}
+
+/// At most so many faults are taken at once.
+pub const FAULTS_MAX: usize = 16;
+
+/// The addresses of faults that wait to be served; none if none waits (the descriptor does not block).
+pub fn read_faults(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
+    let mut messages = [Message::default(); FAULTS_MAX];
+    let size = size_of_val(&messages);
+    // SAFETY: the kernel writes at most `size` bytes, whole messages, into the array that is borrowed for the call; any
+    // bytes are a value of it.
+    let length = unsafe { libc::read(fd.as_raw_fd(), messages.as_mut_ptr().cast(), size) };
+    match usize::try_from(length) {
+        Ok(length) => {
+            let count = length / size_of::<Message>();
+            let faults = messages.iter().take(count).filter(|message| message.event == EVENT_PAGEFAULT);
+            Ok(faults.map(|message| message.address).collect())
+        }
+        Err(_) => match io::Error::last_os_error() {
+            error if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                Ok(Vec::new())
+            }
+            error => Err(error),
+        },
+    }
 }
 
 /// Finds pages written since they were last write-protected, and write-protects them again, in one step.

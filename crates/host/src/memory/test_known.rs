@@ -199,7 +199,7 @@ fn a_change_to_a_version_that_the_target_has_not_is_sent_whole_in_the_next_round
             if last {
                 assert_eq!((report.missing_pages, report.counts.data_pages), (0, 2));
             } else {
-                assert_eq!((report.missing_pages, report.to_engine(5, 0, 0).dirty_pages), (1, 6));
+                assert_eq!((report.missing_pages, report.to_engine(5, 0).dirty_pages), (1, 6));
                 assert!(source.lacking()[0].contains(50));
                 assert_ne!(read(&from, 50), read(&to, 50));
                 // Nobody names the page again; it is owed.

@@ -9,6 +9,8 @@
 //! Invariants
 //! * A page is sent after it was armed again: what the guest writes during the send is in the next set.
 //! * Pages that disk servers write for the guest are in the set too ([`SharedDirty`]).
+//! * A page that a scan reported while the guest ran is read after a grace period ([`Watch::grace`]): a direct transfer
+//!   that was under way at the scan has ended then.
 //! * After the last scan the guest stands still and no disk is served, so nothing changes any more but what QEMU
 //!   itself writes while it saves its devices: a scan after the save catches that.
 //!
@@ -21,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt as _;
+use whimbrel_engine::memory::page_group::{Capture as Way, Wanted};
 use whimbrel_engine::memory::precopy::{Decision, Precopy, Round};
 use whimbrel_engine::memory::rank::{self, Classes, Ranking};
 use whimbrel_wire::Name;
@@ -28,17 +31,18 @@ use whimbrel_wire::peer::migrate::{LayerHave, LayerHead, PullHead};
 use whimbrel_wire::record::layer::{BLOCK_BYTES, RunKind, ShipPosition, runs};
 
 use super::data::{self, Chunk};
+use super::follow::{self, Follow};
+use super::watch::Watch;
 use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
 use crate::disk::{Layer, ReclaimHold, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::{FilledFrom, WriteTracker};
+use crate::guest::capture::Capture;
 use crate::guest::device_state::Saver;
-use crate::guest::dirty::Tracker;
 use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
-use crate::memory::disks::{Disks, Images};
 use crate::memory::source::{RoundReport, Source, SourceOptions};
 use crate::memory::{Limiter, PageBitmap, Progress, RamFile, SharedDirty};
 use crate::task::TaskHandle;
@@ -71,7 +75,8 @@ fn filled(vm: &LocalVm, ram: &std::fs::Metadata) -> Vec<Option<FilledFrom>> {
 
 /// One RAM block under copy.
 struct Block {
-    tracker: Tracker,
+    capture: Capture,
+    follow: Follow,
     by_disks: Arc<SharedDirty>,
     dirty: PageBitmap,
     before: PageBitmap,
@@ -84,7 +89,8 @@ impl Block {
     /// The pages written since the last look; they are dirty from now on.
     fn written(&mut self) -> Result<PageBitmap> {
         let mut fresh = PageBitmap::new(self.dirty.pages());
-        self.tracker.scan(&mut fresh)?;
+        let stats = self.capture.scan(&mut fresh)?;
+        self.follow.scanned(self.capture.way(), &fresh, stats.took);
         self.by_disks.drain_into(&mut fresh);
         if let Some(looked) = self.looked.replace(Instant::now()) {
             self.ranking.observe(looked.elapsed().as_secs_f64(), fresh.segments());
@@ -98,6 +104,7 @@ impl Block {
 pub struct MemoryCopy {
     blocks: Vec<Block>,
     source: Source<PeerStream>,
+    watch: Watch,
 }
 
 /// A layer under copy.
@@ -119,9 +126,9 @@ impl MemoryCopy {
         report: &Report,
         injected: Injected,
         stream: PeerStream,
-        options: SourceOptions,
-        images: Images,
+        mut options: SourceOptions,
         progress: Progress,
+        wanted: Wanted,
     ) -> Result<Self> {
         let ours: Vec<&RamBlock> = report.ram.iter().filter(|block| block.moved_by == MovedBy::Us).collect();
         tracing::debug!(vm = %vm.name, stopped_us = injected.stopped.as_micros(), "userfaultfd made inside QEMU");
@@ -144,20 +151,32 @@ impl MemoryCopy {
                 WriteTracker { device: meta.dev(), inode: meta.ino(), dirty: Arc::clone(&by_disks) };
             disk.track_writes(Some(tracker));
         }
-        let disks = Disks { filled: filled(vm, &meta), images, block: 0 };
-        let options = SourceOptions { disks, ..options };
-        let tracker = Tracker::attach(vm.process.pid(), injected.uffd, &file, &block.mappings)?;
+        let (way, uffd) = match Follow::first(wanted) {
+            Way::Pages => (Way::Pages, injected.uffd),
+            Way::Groups => match follow::injected_for(Way::Groups, vm).await {
+                Ok(serving) => (Way::Groups, serving.uffd),
+                Err(error) => {
+                    tracing::warn!(vm = %vm.name, %error, "writes are followed page by page, not in groups");
+                    (Way::Pages, injected.uffd)
+                }
+            },
+        };
+        let capture = Capture::attach(way, vm.process.pid(), uffd, &file, &block.mappings)?;
+        let follow = Follow::new(wanted, pages);
         let ram = RamFile::open_source(block.name.clone(), path)?;
+        options.disks.filled = filled(vm, &meta);
         let source = Source::open(stream, vec![ram], options, progress).await?;
         let block = Block {
-            tracker,
+            capture,
+            follow,
             by_disks,
             dirty: PageBitmap::new(pages),
             before: PageBitmap::new(pages),
             ranking: Ranking::new(pages),
             looked: None,
         };
-        Ok(Self { blocks: vec![block], source })
+        let watch = Watch::new(vm.qmp().await?, report);
+        Ok(Self { blocks: vec![block], source, watch })
     }
 
     /// Adds what was written since the last scan; how many pages are dirty now.
@@ -170,9 +189,40 @@ impl MemoryCopy {
         Ok(dirty)
     }
 
+    /// Follows writes in the other way from now on, if that is the better one.
+    async fn follow_better(&mut self, vm: &LocalVm, report: &RoundReport) -> Result<()> {
+        for index in 0..self.blocks.len() {
+            let Some(block) = self.blocks.get_mut(index) else { break };
+            let dirty_pages = block.dirty.count();
+            let Some(way) = block.follow.consider(&block.capture, report, dirty_pages) else { continue };
+            let Some(injected) = block.follow.userfaultfd(way, vm).await else { continue };
+            // It takes long for a large guest, and other work waits for this thread.
+            let mut blocks = std::mem::take(&mut self.blocks);
+            let switched = blocking("follow writes in another way", move || {
+                let result = match blocks.get_mut(index) {
+                    Some(block) => block.capture.switch(injected.uffd, &mut block.dirty),
+                    None => Ok(()),
+                };
+                Ok((blocks, result))
+            });
+            let (blocks, result) = switched.await?;
+            self.blocks = blocks;
+            result?;
+        }
+        Ok(())
+    }
+
+    fn show(&self, task: &TaskHandle) {
+        self.watch.show(task);
+        self.blocks.iter().for_each(|block| block.follow.show(&block.capture, task));
+    }
+
     /// Sends what is dirty. Of pages that were dirty the round before, too, the most often written are kept for a later
     /// round, up to `withhold_pages` of them.
     async fn round(&mut self, withhold_pages: u64, last: bool) -> Result<RoundReport> {
+        if !last {
+            self.watch.grace().await?;
+        }
         let classes: Vec<Classes> = self.blocks.iter().map(|block| block.ranking.classes()).collect();
         let again = |block: &Block| {
             let mut again = block.dirty.clone();
@@ -213,6 +263,11 @@ impl MemoryCopy {
         self.round(0, true).await
     }
 
+    /// Fails if the VM's memory is not the one that is copied any more.
+    pub async fn must_be_same(&self) -> Result<()> {
+        self.watch.same_memory().await
+    }
+
     /// Compares the hashes of all RAM at both ends.
     pub async fn compare(&mut self) -> Result<String> {
         Ok(self.source.compare_digests().await?.to_hex().to_string())
@@ -221,7 +276,7 @@ impl MemoryCopy {
     /// Stops tracking, whatever state the stream is in.
     pub fn abandon(self) {
         for block in self.blocks {
-            if let Err(error) = block.tracker.detach() {
+            if let Err(error) = block.capture.detach() {
                 tracing::warn!(%error, "write tracking was not undone");
             }
         }
@@ -398,6 +453,7 @@ impl Copying {
     /// One round of memory and layers (mode A).
     pub async fn round(
         &mut self,
+        vm: &LocalVm,
         withhold_pages: &mut u64,
         task: &TaskHandle,
         progress: &Progress,
@@ -409,12 +465,15 @@ impl Copying {
         };
         if progress.get().round == 0 {
             memory.scan()?;
+            memory.blocks.iter_mut().for_each(|block| block.follow.begin());
         }
         let report = memory.round(*withhold_pages, false).await?;
+        memory.show(task);
         *layer_bytes += layers_pass(&mut self.layers, &mut self.maps).await?;
         if let Some(rest) = ROUND_MIN.checked_sub(started.elapsed()) {
             tokio::time::sleep(rest).await;
         }
+        memory.follow_better(vm, &report).await?;
         let dirty = memory.scan()?;
         let after = self.judge(report.to_engine(dirty, 0), task, progress)?;
         *withhold_pages = match after {

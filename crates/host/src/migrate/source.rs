@@ -37,7 +37,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::guest::device_state::Saver;
 use crate::guest::inject::{self, Injected};
 use crate::link::PeerStream;
-use crate::memory::disks::Images;
+use crate::memory::disks::{Disks, Images};
 use crate::memory::source::SourceOptions;
 use crate::memory::stream::{self, StreamOptions};
 use crate::memory::{Limiter, Progress, Techniques};
@@ -341,6 +341,7 @@ impl SourceSide {
                 let options = SourceOptions {
                     limiter: Arc::clone(&self.limiter),
                     techniques: self.techniques,
+                    disks: Disks { images, ..Disks::default() },
                     ..SourceOptions::default()
                 };
                 let stream = self.open(service::MEMORY, None).await?;
@@ -350,8 +351,9 @@ impl SourceSide {
                     None => inject::userfaultfd_of(&vm.qmp().await?, &vm.process).await?,
                 };
                 let progress = self.progress.clone();
+                let wanted = self.shared.vms.config().write_tracking;
                 let memory =
-                    MemoryCopy::begin(&vm, &report, injected, stream, options, images, progress).await?;
+                    MemoryCopy::begin(&vm, &report, injected, stream, options, progress, wanted).await?;
                 (Some(memory), Some(saver))
             }
             Mode::B => {
@@ -379,12 +381,18 @@ impl SourceSide {
         while !self.stop_copy.load(Ordering::Acquire) {
             let after = match self.offer.mode {
                 Mode::A => {
-                    copying.round(&mut withhold_pages, &self.task, &self.progress, &mut layer_bytes).await?
+                    let vm = self.vm()?;
+                    copying
+                        .round(&vm, &mut withhold_pages, &self.task, &self.progress, &mut layer_bytes)
+                        .await?
                 }
                 Mode::B => self.qemu_round(copying, &mut layer_bytes).await?,
             };
             self.layer_bytes.store(layer_bytes, Ordering::Relaxed);
             if matches!(after, After::Fits) {
+                if let Some(memory) = &copying.memory {
+                    memory.must_be_same().await?;
+                }
                 let _ = self.events.send(Event::Done(SourceWork::Copy)).await;
                 let _ = tokio::time::timeout(ORDER_WAIT, self.order.notified()).await;
             }

@@ -102,11 +102,8 @@ impl Vms {
             refusals.push(format!("its guest is {state}: let it run first"));
         }
         let sockets = self.shared.volumes.vhost_user_sockets();
-        let facts = HostFacts {
-            disk_sockets: sockets.keys().cloned().collect(),
-            disks_follow: true,
-            ..self.shared.facts.clone()
-        };
+        let facts =
+            HostFacts { disk_sockets: sockets.keys().cloned().collect(), ..self.shared.facts.clone() };
         let report = precheck::precheck(&qmp, &process, &facts).await?;
         refusals.extend(report.refusals.iter().cloned());
         let words = foreign::words_of(&process)?;

@@ -89,7 +89,7 @@ async fn by_hand(qemu: &QemuBinary, args: &[&str]) -> ByHand {
 async fn plan_for(vm: &ByHand) -> Plan {
     let process = foreign::process_behind(&vm.qmp).await.unwrap();
     assert_eq!(process.pid(), vm.child.0.id());
-    let facts = HostFacts { disks_follow: true, ..HostFacts::probe() };
+    let facts = HostFacts::probe();
     let report = precheck(&vm.qmp, &process, &facts).await.unwrap();
     let facts =
         foreign::collect(&vm.qmp, &process, &report, std::collections::BTreeMap::new()).await.unwrap();

@@ -3,8 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests too")]
 
+mod direct;
 mod disks;
 mod foreign;
+mod groups;
 mod launch;
 mod memory;
 mod pages;

@@ -3,9 +3,10 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use whimbrel_host::guest::binary::QemuBinary;
 use whimbrel_host::guest::launch::ram_bytes;
-use whimbrel_host::guest::precheck::{HostFacts, MovedBy, Report, precheck};
+use whimbrel_host::guest::precheck::{HostFacts, MovedBy, Report, precheck, ram_sizes};
 use whimbrel_host::guest::process::QemuProcess;
 use whimbrel_host::guest::qmp::Qmp;
 use whimbrel_wire::meta::Mode;
@@ -119,13 +120,37 @@ async fn what_writes_guest_memory_unseen_is_named() {
             ],
             ..Wanted::default()
         };
-        for (cache, mode) in [("none", Mode::B), ("writeback", Mode::A)] {
+        for (cache, direct) in [("none", true), ("directsync", true), ("writeback", false)] {
             let vm = start(&qemu, wanted(cache)).await;
-            let report = precheck(&vm.started.qmp, &vm.started.process, &HostFacts::probe()).await.unwrap();
-            assert_eq!(report.mode, Some(mode), "cache={cache}: {report:#?}");
+            let (qmp, process) = (&vm.started.qmp, &vm.started.process);
+            let report = precheck(qmp, process, &HostFacts::probe()).await.unwrap();
+            // Direct transfers do not prevent mode A; it has to wait for them.
+            assert_eq!(report.mode, Some(Mode::A), "cache={cache}: {report:#?}");
             assert_eq!(report.disks.len(), 1);
-            assert_eq!((report.disks[0].direct, report.disks[0].ours), (cache == "none", false));
-            assert_eq!(has(&report.mode_a_reasons, "cache=none"), cache == "none");
+            assert_eq!((report.disks[0].direct, report.disks[0].ours), (direct, false));
+            let expected = if direct { vec![disk.display().to_string()] } else { Vec::new() };
+            assert_eq!(report.direct_io, expected, "cache={cache}");
+            if direct {
+                continue;
+            }
+            // Another program that writes to the RAM file is found by its mapping.
+            let mut other = Command::new("python3");
+            let program = format!(
+                "import mmap, sys; f = open('{}', 'r+b'); m = mmap.mmap(f.fileno(), 4096); print('mapped', flush=True); \
+                 sys.stdin.read()",
+                vm.plan.ram_path.display()
+            );
+            other.args(["-c", &program]).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut other = other.spawn().unwrap();
+            let mut said = [0; 7];
+            std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut said).unwrap();
+            let report = precheck(qmp, process, &HostFacts::probe()).await.unwrap();
+            assert_ne!(report.mode, Some(Mode::A), "{report:#?}");
+            assert!(has(&report.mode_a_reasons, &format!("process {} (python3)", other.id())), "{report:#?}");
+            drop(other.stdin.take());
+            other.wait().unwrap();
+            let report = precheck(qmp, process, &HostFacts::probe()).await.unwrap();
+            assert_eq!(report.mode, Some(Mode::A), "{report:#?}");
         }
         let ivshmem =
             ["-object", "memory-backend-memfd,id=m0,size=1M,share=on", "-device", "ivshmem-plain,memdev=m0"];
@@ -134,5 +159,25 @@ async fn what_writes_guest_memory_unseen_is_named() {
         let report = precheck(&vm.started.qmp, &vm.started.process, &HostFacts::probe()).await.unwrap();
         assert!(has(&report.mode_a_reasons, "ivshmem"), "{report:#?}");
         assert_ne!(report.mode, Some(Mode::A));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_is_plugged_in_while_the_guest_runs_shows() {
+    for qemu in qemus().await {
+        let qemu_args = ["-m", "slots=2,maxmem=1G"].map(str::to_owned).to_vec();
+        let vm = start(&qemu, Wanted { name: "plugged", qemu_args, ..Wanted::default() }).await;
+        let qmp = &vm.started.qmp;
+        let before = ram_sizes(qmp).await.unwrap();
+        let memory = json!({ "qom-type": "memory-backend-ram", "id": "more", "size": 128 << 20 });
+        qmp.execute::<Value>("object-add", memory).await.unwrap();
+        let dimm = json!({ "driver": "pc-dimm", "id": "dimm1", "memdev": "more" });
+        qmp.execute::<Value>("device_add", dimm).await.unwrap();
+        let mut added = ram_sizes(qmp).await.unwrap();
+        added.retain(|block| !before.contains(block));
+        assert_eq!(added, [("more".to_owned(), 128 << 20)], "{qemu}");
+        let report = precheck(qmp, &vm.started.process, &HostFacts::probe()).await.unwrap();
+        assert_ne!(report.mode, Some(Mode::A), "{report:#?}");
+        assert!(has(&report.mode_a_reasons, "RAM block more is not a named file"), "{report:#?}");
     }
 }

@@ -172,6 +172,7 @@ impl Node {
             memory_dir: config.memory_dir.clone(),
             qemu: (config.qemu != "qemu-system-x86_64").then(|| PathBuf::from(&config.qemu)),
             user,
+            write_tracking: config.write_tracking.into(),
         };
         let vms = Vms::new(host.clone(), vm_config, Arc::clone(&meta), volumes.clone())?;
         let migrations = Migrations::new(

@@ -1,4 +1,6 @@
 //! Devices that write guest memory behind the page tables' back, and disks.
+//!
+//! Not here: what a disk's files are like (`nodes`).
 
 use std::path::Path;
 
@@ -15,13 +17,6 @@ const DEVICE_PATHS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-ano
 pub(super) async fn disks(qmp: &Qmp, facts: &HostFacts, found: &mut Findings) -> Result<Vec<Disk>> {
     let drives: Vec<Value> = qmp.execute("query-block", json!({})).await?;
     let mut disks: Vec<_> = drives.iter().filter_map(|drive| block_device(drive, facts)).collect();
-    for disk in disks.iter().filter(|disk| disk.direct && !disk.ours && !facts.disks_follow) {
-        found.mode_a.push(format!(
-            "disk {} ({}) bypasses the page cache (cache=none): its writes into guest memory cannot be tracked; use \
-             cache=writeback, or a volume",
-            disk.id, disk.source
-        ));
-    }
     for base in DEVICE_PATHS {
         for (name, kind) in children(qmp, base).await? {
             if !kind.starts_with("vhost-user-blk") {
@@ -66,8 +61,10 @@ async fn socket_of(qmp: &Qmp, chardev: &str) -> Result<String> {
     Ok(address.get("path").and_then(Value::as_str).unwrap_or(chardev).to_owned())
 }
 
-/// Devices of which another process, or hardware, writes guest memory.
-pub(super) async fn others(qmp: &Qmp, found: &mut Findings) -> Result<()> {
+/// Devices of which another process, or hardware, writes guest memory. Gives those that pass the guest's commands on to
+/// a disk of this host, whose transfers are direct.
+pub(super) async fn others(qmp: &Qmp, found: &mut Findings) -> Result<Vec<String>> {
+    let mut direct = Vec::new();
     for base in DEVICE_PATHS {
         for (name, kind) in children(qmp, base).await? {
             let what = match kind.as_str() {
@@ -75,6 +72,13 @@ pub(super) async fn others(qmp: &Qmp, found: &mut Findings) -> Result<()> {
                 kind if kind.starts_with("vhost-user-blk") => continue,
                 kind if kind.starts_with("vhost-user") || kind.starts_with("vhost-vdpa") => {
                     "another program writes guest memory"
+                }
+                kind if kind.starts_with("vhost-scsi") => {
+                    "the kernel's own target writes guest memory directly"
+                }
+                "scsi-block" | "scsi-generic" => {
+                    direct.push(name);
+                    continue;
                 }
                 kind if kind.starts_with("ivshmem") => "its memory is shared with others",
                 _ => continue,
@@ -91,7 +95,7 @@ pub(super) async fn others(qmp: &Qmp, found: &mut Findings) -> Result<()> {
             .mode_a
             .push(format!("network {name}: another program writes guest memory, which cannot be tracked"));
     }
-    Ok(())
+    Ok(direct)
 }
 
 #[cfg(test)]

@@ -57,6 +57,12 @@ pub(super) async fn blocks(qmp: &Qmp, pid: u32, found: &mut Findings) -> Result<
     Ok(blocks)
 }
 
+/// Name and size of every block.
+pub(super) async fn sizes(qmp: &Qmp) -> Result<Vec<(String, u64)>> {
+    let listed = parse_blocks(&qmp.human("info ramblock").await?);
+    Ok(listed.into_iter().map(|block| (block.name, block.size_bytes)).collect())
+}
+
 /// Why QEMU's own stream would leave writes behind: before 9.0 under TCG it loses track of writes to a block that is a
 /// whole multiple of 64 pages (see `launch::ram_bytes`).
 pub(super) fn lost_by_stream(blocks: &[RamBlock], accel: &str, version: Version) -> Option<String> {
