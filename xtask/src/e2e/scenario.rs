@@ -16,7 +16,7 @@ use crate::qmp::Qmp;
 use crate::tcp::Client;
 
 /// Parts of names of scenarios in which QEMU's version plays no part: one of the versions is enough.
-pub const ANY_VERSION: [&str; 8] = [
+pub const ANY_VERSION: [&str; 9] = [
     "eight hosts boot",
     "an agent's memory",
     "memory that is known",
@@ -110,7 +110,7 @@ fn to_and_fro(c: &Context<'_>, name: &str, mode: &str) -> Result<()> {
     let at_length = (mode == "a") == (c.lab.qemu.version == Version::V10_0);
     let rounds = match (c.long, at_length) {
         (true, _) => 100,
-        (false, true) => 20,
+        (false, true) => 12,
         (false, false) => 4,
     };
     let (mut acked, mut worst_ms) = (0, 0f64);
