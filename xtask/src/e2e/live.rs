@@ -98,7 +98,7 @@ fn limit_is_lifted(flight: &mut Flight<'_>, from: &Host, to: &Host) -> Result<()
     );
     let limited = Instant::now();
     from.whimbrel(&["task", "limit", &task])?;
-    let ended = wait_for(from, &task, |task| is_over(task))?;
+    let ended = wait_for(from, &task, is_over)?;
     ensure!(ended["state"] == "done", "the move ended as {ended}");
     for name in ["expected_downtime_ms", "link_bytes_s"] {
         ensure!(ended["figures"][name].as_f64().is_some(), "the move does not say {name}: {ended}");
@@ -119,7 +119,7 @@ fn limit_is_lifted(flight: &mut Flight<'_>, from: &Host, to: &Host) -> Result<()
 fn crossed(near: &mut Flight<'_>, far: &mut Flight<'_>, first: &Host, second: &Host) -> Result<()> {
     let (one, other) = (begin(first, &far.name, second, &[])?, begin(second, &near.name, first, &[])?);
     for (host, task) in [(first, one), (second, other)] {
-        let ended = wait_for(host, &task, |task| is_over(task))?;
+        let ended = wait_for(host, &task, is_over)?;
         ensure!(ended["state"] == "done", "the move from {} ended as {ended}", host.name());
     }
     near.set_host(0)?;
