@@ -85,6 +85,9 @@ impl Follow {
         if self.given_up || capture.switches().count >= SWITCHES_MAX {
             return None;
         }
+        if self.wanted == Wanted::Always(capture.way()) {
+            return None;
+        }
         let copying = report.duration.saturating_sub(report.throttled).as_secs_f64();
         if self.wanted == Wanted::Auto && report.counts.data_pages == 0 {
             return None;
