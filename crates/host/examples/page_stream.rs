@@ -7,8 +7,8 @@ use std::path::Path;
 
 use tokio::net::{TcpListener, TcpStream};
 use whimbrel_engine::block::encode::LEVELS;
+use whimbrel_host::codec::adaptive::thread_cpu_s;
 use whimbrel_host::codec::{Compressor, Decompressor};
-use whimbrel_host::memory::encoder::thread_cpu_s;
 use whimbrel_host::memory::{
     PAGE_BYTES, Progress, RamFile, Source, SourceOptions, TargetOptions, Techniques, target,
 };

@@ -4,8 +4,9 @@
 //! Invariants: a [`Decompressor`] never writes more than the caller's limit, whatever the bytes say; nothing here
 //! panics on foreign bytes.
 //!
-//! Not here: whether to compress (`engine::block::encode`), framing and checks (`wire`).
+//! Not here: whether to compress (`engine::block::encode`, asked by [`adaptive`]), framing and checks (`wire`).
 
+pub mod adaptive;
 pub mod words;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -27,7 +27,7 @@ mod frames;
 pub mod known;
 pub mod limit;
 mod lookup;
-mod pace;
+pub mod pace;
 mod plan;
 pub mod progress;
 pub mod ram;

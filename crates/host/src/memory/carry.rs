@@ -17,17 +17,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
-use whimbrel_engine::block::encode::{Chooser, RATIO_MAX, Verdict};
 use whimbrel_wire::peer::memory::{CHUNK_BYTES_MAX, Chunk, Control, Encoding, Kind, put_chunk};
 
-use crate::codec::{Compressor, Decompressor};
+use crate::codec::Decompressor;
+use crate::codec::adaptive::{Adaptive, thread_cpu_s};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_header, write_control};
 use crate::memory::limit::Limiter;
 use crate::memory::pace::Pace;
@@ -90,11 +88,11 @@ async fn outbound(
     let (chunks, mut pieces) = mpsc::channel::<Vec<u8>>(QUEUE_CHUNKS);
     let (encoded, mut frames) = mpsc::channel::<(Vec<u8>, usize, f64)>(QUEUE_CHUNKS);
     let encoder = spawn_blocking(move || {
-        let mut compressor = Compressor::new()?;
+        let mut adaptive = Adaptive::new(chooser)?;
         let mut packed = vec![0; READ_BYTES];
         while let Some(raw) = pieces.blocking_recv() {
             let start_s = thread_cpu_s();
-            let frame = encode(&raw, &chooser, &mut compressor, &mut packed)?;
+            let frame = encode(&raw, &mut adaptive, &mut packed)?;
             if encoded.blocking_send((frame, raw.len(), thread_cpu_s() - start_s)).is_err() {
                 break;
             }
@@ -137,34 +135,16 @@ async fn outbound(
     write_control(to, &Control::BytesEnd, 0, options.stall_limit).await
 }
 
-fn encode(
-    raw: &[u8],
-    chooser: &Mutex<Chooser>,
-    compressor: &mut Compressor,
-    packed: &mut [u8],
-) -> Result<Vec<u8>> {
+fn encode(raw: &[u8], adaptive: &mut Adaptive, packed: &mut [u8]) -> Result<Vec<u8>> {
     let mut frame = Vec::with_capacity(raw.len() + 64);
-    if raw.len() >= PACK_BYTES_MIN {
-        let start_s = thread_cpu_s();
-        let wanted = chooser.lock().decide(0.0);
-        if let Verdict::Compress { level } = wanted {
-            let ratio = compressor.sample_ratio(raw)?;
-            let verdict = chooser.lock().decide(ratio);
-            let limit = (raw.len() as f64 * RATIO_MAX) as usize;
-            let room = packed.get_mut(..limit).unwrap_or(&mut []);
-            let len = match verdict {
-                Verdict::Compress { .. } => compressor.compress(level, raw, room)?,
-                Verdict::Raw(_) => None,
-            };
-            if let Some(payload) = len.and_then(|len| packed.get(..len)) {
-                let (raw_len, wire_len) = (raw.len() as u64, payload.len() as u64);
-                chooser.lock().observe_compress(level, raw_len, wire_len, thread_cpu_s() - start_s);
-                put_chunk(&mut frame, Encoding::Zstd, raw, payload);
-                return Ok(frame);
-            }
-        }
+    if raw.len() >= PACK_BYTES_MIN
+        && let Some(length) = adaptive.pack(raw.len(), raw, packed)?.length
+        && let Some(payload) = packed.get(..length)
+    {
+        put_chunk(&mut frame, Encoding::Zstd, raw, payload);
+    } else {
+        put_chunk(&mut frame, Encoding::Raw, raw, raw);
     }
-    put_chunk(&mut frame, Encoding::Raw, raw, raw);
     Ok(frame)
 }
 

@@ -19,12 +19,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::time::{ClockId, clock_gettime};
-use whimbrel_engine::block::encode::{Choice, Chooser, LEVELS, RATIO_MAX, Verdict};
+use whimbrel_engine::block::encode::Chooser;
 use whimbrel_engine::memory::PageId;
 use whimbrel_wire::peer::memory::{self as wire, Encoding, Reference, RoundCounts, Run};
 
-use crate::codec::{Compressor, is_zero, words};
+use crate::codec::adaptive::{self, Adaptive, thread_cpu_s};
+use crate::codec::{is_zero, words};
 use crate::error::Result;
 use crate::memory::bitmap::PAGE_BYTES;
 use crate::memory::known::{Known, Told};
@@ -36,12 +36,6 @@ use crate::memory::techniques::{Saved, Shortened};
 const ZERO_RUNS: usize = 1024;
 /// A frame of references is sent when it has so many.
 const NAMED_PAGES: usize = 128;
-
-/// The processor time of the calling thread, seconds.
-pub fn thread_cpu_s() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
 
 fn range(run: &Run) -> Range<u64> {
     u64::from(run.first_page)..u64::from(run.first_page) + u64::from(run.pages)
@@ -90,9 +84,8 @@ struct Named {
 /// Encodes pieces of a round; one per thread, kept from round to round.
 pub struct Worker {
     blocks: Arc<[RamFile]>,
-    chooser: Arc<Mutex<Chooser>>,
+    adaptive: Adaptive,
     known: Arc<Known>,
-    compressor: Compressor,
     round: u32,
     /// Pages that were read and are not zero, not sent yet, and where they belong.
     data: Vec<u8>,
@@ -110,8 +103,6 @@ pub struct Worker {
     packed: Vec<u8>,
     zero_runs: Vec<Run>,
     zero_block: u16,
-    /// What the last group compressed to; guests' memory is alike for long stretches.
-    last_ratio: f64,
     gather_cpu_s: f64,
     gathered_bytes: u64,
     work: Work,
@@ -129,9 +120,8 @@ impl Worker {
         };
         Ok(Self {
             blocks,
-            chooser,
+            adaptive: Adaptive::new(chooser)?,
             known,
-            compressor: Compressor::new()?,
             round: 0,
             // Pages carried over from one group, then the next group.
             data: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
@@ -146,7 +136,6 @@ impl Worker {
             packed: vec![0; 2 * GROUP_PAGES * PAGE_BYTES],
             zero_runs: Vec::new(),
             zero_block: 0,
-            last_ratio: 1.0,
             gather_cpu_s: 0.0,
             gathered_bytes: 0,
             work: Work::default(),
@@ -292,8 +281,7 @@ impl Worker {
             return Ok(());
         }
         let start_s = thread_cpu_s();
-        let limit = |bytes: usize| (bytes as f64 * RATIO_MAX) as usize;
-        let room = self.worded.get_mut(..limit(raw.len())).unwrap_or(&mut []);
+        let room = self.worded.get_mut(..adaptive::room(raw.len())).unwrap_or(&mut []);
         let page = |index: usize| {
             let (page, difference) = self.data_pages.get(index).copied().unwrap_or_default();
             (PageId { block: self.data_block, page }, difference)
@@ -314,43 +302,22 @@ impl Worker {
             Some(worded) => (Encoding::Words, worded),
             None => (Encoding::Raw, raw),
         };
-        let plain_bytes = payload.len() as u64;
-        let packing_s = thread_cpu_s();
-        self.gather_cpu_s += packing_s - start_s;
-        let verdict = decide(&self.chooser, &mut self.compressor, &mut self.last_ratio, payload)?;
-        if let Verdict::Compress { level } = verdict {
-            let room = self.packed.get_mut(..limit(payload.len())).unwrap_or(&mut []);
-            let packed_len = self.compressor.compress(level, payload, room)?;
-            self.last_ratio = packed_len.map_or(1.0, |len| len as f64 / payload.len() as f64);
-            if let Some(packed) = packed_len.and_then(|len| self.packed.get(..len)) {
-                encoding = match encoding {
-                    Encoding::Words => Encoding::WordsZstd,
-                    Encoding::Changes => Encoding::ChangesZstd,
-                    _ => Encoding::Zstd,
-                };
-                payload = packed;
-            }
+        self.gather_cpu_s += thread_cpu_s() - start_s;
+        let packed = self.adaptive.pack(raw.len(), payload, &mut self.packed)?;
+        if let Some(bytes) = packed.length.and_then(|length| self.packed.get(..length)) {
+            encoding = match encoding {
+                Encoding::Words => Encoding::WordsZstd,
+                Encoding::Changes => Encoding::ChangesZstd,
+                _ => Encoding::Zstd,
+            };
+            payload = bytes;
+        }
+        match packed.by_level {
+            true => self.work.cpu_s += packed.cpu_s,
+            false => self.gather_cpu_s += packed.cpu_s,
         }
         let framing_s = thread_cpu_s();
         let (raw_bytes, wire_bytes) = (raw.len() as u64, payload.len() as u64);
-        {
-            let mut chooser = self.chooser.lock();
-            match chooser.choice() {
-                // Bargains are part of what sending raw costs and gives.
-                Choice::Raw(_) => {
-                    chooser.observe_plain(raw_bytes, wire_bytes);
-                    self.gather_cpu_s += framing_s - packing_s;
-                }
-                // Blocks that test C spares are part of what a level costs and gives.
-                Choice::Level(index) => {
-                    chooser.observe_plain(raw_bytes, plain_bytes);
-                    if let Some(level) = LEVELS.get(index) {
-                        chooser.observe_compress(*level, raw_bytes, wire_bytes, framing_s - packing_s);
-                    }
-                    self.work.cpu_s += framing_s - packing_s;
-                }
-            }
-        }
         if encoding != Encoding::Raw {
             self.work.packed_raw_bytes += raw_bytes;
             self.work.packed_wire_bytes += wire_bytes;
@@ -367,7 +334,7 @@ impl Worker {
         self.data_runs.clear();
         self.data_pages.clear();
         self.gather_cpu_s += thread_cpu_s() - framing_s;
-        self.chooser.lock().observe_gather(self.gathered_bytes, self.gather_cpu_s);
+        self.adaptive.gathered(self.gathered_bytes, self.gather_cpu_s);
         self.work.cpu_s += self.gather_cpu_s;
         (self.gathered_bytes, self.gather_cpu_s) = (0, 0.0);
         Ok(())
@@ -409,27 +376,4 @@ impl Named {
             self.clear();
         }
     }
-}
-
-/// Whether to compress `plain`. A sample is taken only where the neighbourhood gave reason to doubt: guests' memory is
-/// alike for long stretches.
-fn decide(
-    chooser: &Mutex<Chooser>,
-    compressor: &mut Compressor,
-    last_ratio: &mut f64,
-    plain: &[u8],
-) -> Result<Verdict> {
-    let (default, bargains) = {
-        let chooser = chooser.lock();
-        (chooser.decide(0.0), chooser.bargains())
-    };
-    if bargains {
-        let ratio = compressor.sample_ratio(plain)?;
-        return Ok(chooser.lock().decide_bargain(ratio));
-    }
-    if matches!(default, Verdict::Raw(_)) || *last_ratio < 0.8 {
-        return Ok(default);
-    }
-    *last_ratio = compressor.sample_ratio(plain)?;
-    Ok(chooser.lock().decide(*last_ratio))
 }

@@ -27,10 +27,10 @@ use whimbrel_wire::peer::memory::{
     BlockShape, Control, Encoding, GROUP_PAGES_MAX, Header, Kind, PAGE_BYTES, Pages, RoundCounts,
 };
 
+use crate::codec::adaptive::thread_cpu_s;
 use crate::codec::{Decompressor, words};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::memory::disks::Images;
-use crate::memory::encoder::thread_cpu_s;
 use crate::memory::frames::{read_body, read_control, read_header, write_control};
 use crate::memory::lookup::Lookup;
 use crate::memory::pace::cores;

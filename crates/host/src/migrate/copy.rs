@@ -35,6 +35,7 @@ use super::follow::{self, Follow};
 use super::watch::Watch;
 use crate::block_dev::BlockDev as _;
 use crate::blocking::blocking;
+use crate::codec::adaptive::Adaptive;
 use crate::disk::{Layer, ReclaimHold, ShipEnd};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::export::{FilledFrom, WriteTracker};
@@ -43,6 +44,7 @@ use crate::guest::device_state::Saver;
 use crate::guest::inject::Injected;
 use crate::guest::precheck::{MovedBy, RamBlock, Report};
 use crate::link::PeerStream;
+use crate::memory::pace::Pace;
 use crate::memory::source::{RoundReport, Source, SourceOptions};
 use crate::memory::{Limiter, PageBitmap, Progress, RamFile, SharedDirty};
 use crate::task::TaskHandle;
@@ -114,6 +116,9 @@ pub struct LayerCopy {
     layer: Arc<Layer>,
     stream: PeerStream,
     limiter: Arc<Limiter>,
+    pace: Pace,
+    /// Back from each piece that it packed.
+    adaptive: Option<Adaptive>,
     position: ShipPosition,
     end: Option<ShipEnd>,
     _hold: ReclaimHold,
@@ -288,7 +293,8 @@ impl LayerCopy {
     pub fn new(volume: Name, layer: Arc<Layer>, stream: PeerStream, limiter: Arc<Limiter>) -> Self {
         let position = layer.ship_from();
         let _hold = layer.hold_reclaim();
-        Self { volume, layer, stream, limiter, position, end: None, _hold }
+        let pace = Pace::new(1, false);
+        Self { volume, layer, stream, limiter, pace, adaptive: None, position, end: None, _hold }
     }
 
     /// Bytes that the target lacks.
@@ -301,18 +307,25 @@ impl LayerCopy {
         let mut sent = 0;
         for _ in 0..CATCH_UP_PASSES {
             let (layer, from) = (Arc::clone(&self.layer), self.position);
+            let mut adaptive = match self.adaptive.take() {
+                Some(adaptive) => adaptive,
+                None => Adaptive::new(self.pace.chooser())?,
+            };
             let read = move || {
                 let (log, next) = layer.read_ship(&from, CHUNK_BYTES)?;
-                let chunk = if log.is_empty() { None } else { Some(Chunk::pack(&log)?) };
-                Ok((chunk, next))
+                let chunk = if log.is_empty() { None } else { Some(Chunk::pack(&log, &mut adaptive)?) };
+                Ok((chunk, next, adaptive))
             };
-            let (chunk, next) = blocking("read a layer", read).await?;
-            let Some(chunk) = chunk else { break };
+            let (chunk, next, adaptive) = blocking("read a layer", read).await?;
+            self.adaptive = Some(adaptive);
+            let Some((chunk, cpu_s)) = chunk else { break };
             // The end of a layer is known when nobody writes it any more: a guest waits.
             if self.end.is_none() {
                 self.limiter.pass(chunk.bytes().len()).await;
             }
+            let writing = Instant::now();
             data::write_piece(&mut self.stream, chunk.bytes()).await?;
+            self.pace.wrote(chunk.bytes().len(), writing.elapsed(), cpu_s);
             sent += chunk.bytes().len() as u64;
             self.position = next;
         }

@@ -15,10 +15,10 @@ use std::borrow::Cow;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use whimbrel_engine::block::encode::BARGAIN_RATIO;
 use whimbrel_wire::WireError;
 
-use crate::codec::{Compressor, Decompressor};
+use crate::codec::Decompressor;
+use crate::codec::adaptive::{self, Adaptive};
 use crate::error::{Context as _, Error, ErrorKind, Result};
 
 /// Services of the streams.
@@ -68,26 +68,18 @@ const PLAIN: u8 = 0;
 const ZSTD: u8 = 1;
 /// Form and decoded length.
 const ZSTD_HEAD_BYTES: usize = 5;
-/// zstd's level: disks compress better than memory, and there is less of them.
-const LEVEL: i32 = -1;
-
 impl Chunk {
-    /// Compresses a piece of a log if a sample promises that it is worth it. Works for milliseconds.
-    pub fn pack(log: &[u8]) -> Result<Self> {
-        let mut compressor = Compressor::new()?;
-        if compressor.sample_ratio(log)? <= BARGAIN_RATIO {
-            let mut bytes = vec![0; log.len()];
-            if let Some(room) = bytes.get_mut(ZSTD_HEAD_BYTES..)
-                && let Some(length) = compressor.compress(LEVEL, log, room)?
-            {
-                bytes.truncate(ZSTD_HEAD_BYTES + length);
-                let raw_bytes = u32::try_from(log.len()).unwrap_or(u32::MAX).to_le_bytes();
-                let head = std::iter::once(ZSTD).chain(raw_bytes);
-                bytes.iter_mut().zip(head).for_each(|(byte, head)| *byte = head);
-                return Ok(Self(bytes));
-            }
-        }
-        Ok(Self([&[PLAIN], log].concat()))
+    /// Compresses a piece of a log if that pays; gives the processor time that was taken, seconds, too. Works for
+    /// milliseconds.
+    pub fn pack(log: &[u8], adaptive: &mut Adaptive) -> Result<(Self, f64)> {
+        let mut bytes = vec![0; ZSTD_HEAD_BYTES + adaptive::room(log.len())];
+        let packed = adaptive.pack(log.len(), log, bytes.get_mut(ZSTD_HEAD_BYTES..).unwrap_or_default())?;
+        let Some(length) = packed.length else { return Ok((Self([&[PLAIN], log].concat()), packed.cpu_s)) };
+        bytes.truncate(ZSTD_HEAD_BYTES + length);
+        let raw_bytes = u32::try_from(log.len()).unwrap_or(u32::MAX).to_le_bytes();
+        let head = std::iter::once(ZSTD).chain(raw_bytes);
+        bytes.iter_mut().zip(head).for_each(|(byte, head)| *byte = head);
+        Ok((Self(bytes), packed.cpu_s))
     }
 
     /// A chunk as it came.
@@ -161,7 +153,8 @@ mod test {
             log in prop::collection::vec(any::<u8>(), 0..6000), zeros in 0usize..20_000, foreign in prop::collection::vec(any::<u8>(), 0..300),
         ) {
             let log = [log, vec![0; zeros]].concat();
-            let chunk = Chunk::pack(&log).unwrap();
+            let chooser = crate::memory::pace::Pace::new(1, false).chooser();
+            let (chunk, _) = Chunk::pack(&log, &mut Adaptive::new(chooser).unwrap()).unwrap();
             prop_assert!(chunk.bytes().len() <= log.len() + 1);
             prop_assert!(zeros < 10_000 || chunk.bytes().len() < log.len() - zeros / 2);
             let came = Chunk::new(chunk.bytes().to_vec());
