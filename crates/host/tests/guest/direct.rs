@@ -57,13 +57,11 @@ impl BlockRead for SlowDisk {
         } else {
             std::thread::sleep(SLOW);
         }
-        let mut at = offset as usize;
-        for byte in into.iter_mut().flat_map(|part| part.iter_mut()) {
+        for (at, byte) in (offset as usize..).zip(into.iter_mut().flat_map(|part| part.iter_mut())) {
             if at >= PAGE_BYTES && at.is_multiple_of(PAGE_BYTES) {
                 sector.fill((self.reads.fetch_add(1, Ordering::Relaxed) % 251) as u8 + 1);
             }
             *byte = sector[at % PAGE_BYTES];
-            at += 1;
         }
         Ok(())
     }
