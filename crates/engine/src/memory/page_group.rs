@@ -165,6 +165,14 @@ impl Writes {
         writes
     }
 
+    /// Those of another scan too: a page that was armed and written again was followed twice.
+    pub fn add(&mut self, other: &Self) {
+        self.pages += other.pages;
+        for (mine, theirs) in self.groups.iter_mut().zip(other.groups) {
+            *mine += theirs;
+        }
+    }
+
     /// What following these writes page by page costs, nanoseconds.
     pub fn pages_ns(&self, costs: &Costs) -> f64 {
         self.pages as f64 * costs.page_ns
@@ -307,6 +315,9 @@ mod test {
     const PAGES: u64 = 1 << 16;
 
     proptest! {
+        // The oracles go page by page.
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
         #[test]
         fn a_group_is_aligned_contiguous_and_holds_the_page(
             page in 0u64..10_000, shift in 0u32..12, room in 1u64..10_000,

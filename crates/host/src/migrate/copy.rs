@@ -167,7 +167,7 @@ impl MemoryCopy {
             },
         };
         let capture = Capture::attach(way, vm.process.pid(), uffd, &file, &block.mappings)?;
-        let follow = Follow::new(wanted, pages);
+        let follow = Follow::new(wanted);
         let ram = RamFile::open_source(block.name.clone(), path)?;
         options.disks.filled = filled(vm, &meta);
         let source = Source::open(stream, vec![ram], options, progress).await?;

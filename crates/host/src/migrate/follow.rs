@@ -28,8 +28,8 @@ const SWITCHES_MAX: u32 = 4;
 /// See the module's charter.
 pub struct Follow {
     wanted: Wanted,
-    /// Written since the last choice.
-    fresh: PageBitmap,
+    /// What scans found since the last choice.
+    writes: Writes,
     since: Instant,
     faults: FaultStats,
     /// Written pages that were followed one by one: each was a fault that the kernel served.
@@ -39,11 +39,11 @@ pub struct Follow {
 }
 
 impl Follow {
-    /// For a block of `pages` pages.
-    pub fn new(wanted: Wanted, pages: u64) -> Self {
+    /// Nothing is measured yet.
+    pub fn new(wanted: Wanted) -> Self {
         Self {
             wanted,
-            fresh: PageBitmap::new(pages),
+            writes: Writes::default(),
             since: Instant::now(),
             faults: FaultStats::default(),
             single_pages: 0,
@@ -63,15 +63,16 @@ impl Follow {
     /// Takes note of a scan that found `fresh`.
     pub fn scanned(&mut self, way: Way, fresh: &PageBitmap, took: Duration) {
         self.scans += took;
-        self.fresh.merge(fresh);
         if way == Way::Pages {
-            self.single_pages += fresh.count();
+            let writes = Writes::of(fresh.iter_ranges());
+            self.single_pages += writes.pages;
+            self.writes.add(&writes);
         }
     }
 
     /// Begins to count anew, after the scan that reported everything.
     pub fn begin(&mut self) {
-        self.fresh.clear();
+        self.writes = Writes::default();
         self.single_pages = 0;
         self.since = Instant::now();
     }
@@ -79,7 +80,7 @@ impl Follow {
     /// After a round: the other way, if it is the better one now.
     pub fn consider(&mut self, capture: &Capture, report: &RoundReport, dirty_pages: u64) -> Option<Way> {
         let interval_ns = self.since.elapsed().as_secs_f64() * 1e9;
-        let (fresh, before) = (self.fresh.take(), self.faults);
+        let (writes, before) = (std::mem::take(&mut self.writes), self.faults);
         self.faults = capture.faults();
         self.since = Instant::now();
         if self.given_up || capture.switches().count >= SWITCHES_MAX {
@@ -88,11 +89,10 @@ impl Follow {
         if self.wanted == Wanted::Always(capture.way()) {
             return None;
         }
-        let copying = report.duration.saturating_sub(report.throttled).as_secs_f64();
         if self.wanted == Wanted::Auto && report.counts.data_pages == 0 {
             return None;
         }
-        let page_s = copying / report.counts.data_pages.max(1) as f64;
+        let page_s = report.duration.as_secs_f64() / report.counts.data_pages.max(1) as f64;
         let (page_ns, fault_ns) = match calibrate::costs() {
             Ok(costs) => costs,
             Err(error) => {
@@ -104,7 +104,7 @@ impl Follow {
         let costs = Costs { page_ns, fault_ns, resend_ns: page_s * 1e9 };
         let now = capture.way();
         let estimate = match now {
-            Way::Pages => Estimate::of_writes(&Writes::of(fresh.iter_ranges()), &costs),
+            Way::Pages => Estimate::of_writes(&writes, &costs),
             Way::Groups => Estimate::of_faults(&since(&before, &self.faults), &costs),
         };
         let distance = Distance::of(dirty_pages as f64 * page_s * 1e3);
