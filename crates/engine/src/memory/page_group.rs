@@ -411,7 +411,7 @@ mod test {
 
     fn filling() -> Estimate {
         let costs = Costs { page_ns: 800.0, fault_ns: 8000.0, resend_ns: 10_000.0 };
-        Estimate::of_writes(&Writes::of([0..4096]), &costs)
+        Estimate::of_writes(&Writes::of(std::iter::once(0..4096)), &costs)
     }
 
     #[test]
