@@ -1,7 +1,7 @@
 //! Threads for requests that have to wait: for another host, for a store, for a disk's cache to be flushed.
 //!
-//! Threads come when jobs wait and none is idle, up to a limit, and go after some idle seconds: an export that
-//! serves only local reads has none. The queue of jobs is bounded by the rings that feed it: a request that is not
+//! Threads come when jobs wait and none is idle, up to a limit, and go after some idle seconds, or when nobody can give them
+//! work any more: an export that serves only local reads has none, a client that came and went leaves none. The queue of jobs is bounded by the rings that feed it: a request that is not
 //! answered keeps its place in its ring.
 
 use std::collections::VecDeque;
@@ -19,6 +19,8 @@ struct State {
     jobs: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Nobody has the pool any more.
+    closed: bool,
 }
 
 struct Shared {
@@ -28,10 +30,20 @@ struct Shared {
     name: String,
 }
 
-/// See the module's charter. Clones share the threads; they end when they run out of work.
+/// See the module's charter. Clones share the threads.
 #[derive(Clone)]
 pub(super) struct Pool {
-    shared: Arc<Shared>,
+    owned: Arc<Owned>,
+}
+
+/// What all clones of a pool have together; its threads have only what is in it.
+struct Owned(Arc<Shared>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.0.state.lock().closed = true;
+        self.0.work.notify_all();
+    }
 }
 
 impl Pool {
@@ -42,17 +54,18 @@ impl Pool {
             max_threads: max_threads.max(1),
             name: name.to_owned(),
         };
-        Self { shared: Arc::new(shared) }
+        Self { owned: Arc::new(Owned(Arc::new(shared))) }
     }
 
     /// Runs `job` on a thread of the pool, as soon as one is free.
     pub(super) fn submit(&self, job: impl FnOnce() + Send + 'static) {
-        let mut state = self.shared.state.lock();
+        let Owned(shared) = &*self.owned;
+        let mut state = shared.state.lock();
         state.jobs.push_back(Box::new(job));
-        if state.jobs.len() > state.idle && state.threads < self.shared.max_threads {
-            let shared = self.shared.clone();
-            let spawned =
-                std::thread::Builder::new().name(self.shared.name.clone()).spawn(move || run(&shared));
+        if state.jobs.len() > state.idle && state.threads < shared.max_threads {
+            let thread = std::thread::Builder::new().name(shared.name.clone());
+            let shared = Arc::clone(shared);
+            let spawned = thread.spawn(move || run(&shared));
             match spawned {
                 Ok(_) => state.threads += 1,
                 // The threads that there are will get to it; with none, the machine is beyond help anyway.
@@ -60,7 +73,7 @@ impl Pool {
             }
         }
         drop(state);
-        self.shared.work.notify_one();
+        shared.work.notify_one();
     }
 }
 
@@ -72,6 +85,10 @@ fn run(shared: &Shared) {
             job();
             state = shared.state.lock();
             continue;
+        }
+        if state.closed {
+            state.threads -= 1;
+            return;
         }
         state.idle += 1;
         let timed_out = shared.work.wait_for(&mut state, IDLE_LIMIT).timed_out();
@@ -106,6 +123,17 @@ mod test {
             (0..9).map(|_| results.recv_timeout(Duration::from_secs(20)).unwrap()).collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..9).collect::<Vec<_>>());
-        assert!(pool.shared.state.lock().threads <= 3);
+        let shared = Arc::clone(&pool.owned.0);
+        assert!((1..=3).contains(&shared.state.lock().threads));
+        // What was given is done; then nobody is left, and nobody waits for the idle seconds.
+        let (done, result) = mpsc::channel();
+        pool.submit(move || done.send(()).unwrap());
+        drop(pool);
+        result.recv_timeout(Duration::from_secs(20)).unwrap();
+        let patience = std::time::Instant::now() + IDLE_LIMIT / 2;
+        while shared.state.lock().threads > 0 {
+            assert!(std::time::Instant::now() < patience, "idle threads outlive their pool");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
