@@ -1,8 +1,8 @@
 //! Threads for requests that have to wait: for another host, for a store, for a disk's cache to be flushed.
 //!
 //! Threads come when jobs wait and none is idle, up to a limit, and go after some idle seconds, or when nobody can give them
-//! work any more: an export that serves only local reads has none, a client that came and went leaves none. The queue of jobs is bounded by the rings that feed it: a request that is not
-//! answered keeps its place in its ring.
+//! work any more: an export that serves only local reads has none, a client that came and went leaves none. The queue of
+//! jobs is bounded by the rings that feed it: a request that is not answered keeps its place in its ring.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -22,16 +22,23 @@ use crate::guest::uffd;
 use crate::memory::bitmap::{PAGE_BYTES, PageBitmap};
 
 const PAGES: u64 = 512;
+/// The size of a new tracker's groups.
+const FIRST_GROUP_PAGES: u64 = 8;
 
-/// Nanoseconds per armed page followed asynchronously, and per write fault that is served.
-pub(crate) fn costs() -> Result<(f64, f64)> {
-    static KNOWN: OnceLock<(f64, f64)> = OnceLock::new();
+/// Nanoseconds per armed page followed asynchronously, per write fault that is served, and per page that it opened.
+pub(crate) fn costs() -> Result<(f64, f64, f64)> {
+    static KNOWN: OnceLock<(f64, f64, f64)> = OnceLock::new();
     if let Some(known) = KNOWN.get() {
         return Ok(*known);
     }
-    let page_ns = measure(Way::Pages)? / PAGES as f64;
-    let fault_ns = measure(Way::Groups)?;
-    Ok(*KNOWN.get_or_init(|| (page_ns, fault_ns)))
+    let page_ns = measure(Way::Pages, 1)?.0 / PAGES as f64;
+    // Further apart than a new tracker's groups are large: each write is a fault.
+    let fault_ns = measure(Way::Groups, 2 * FIRST_GROUP_PAGES)?.1;
+    // Every page of every group: what is left are the pages.
+    let all_ns = measure(Way::Groups, 1)?.0;
+    let faults = (PAGES / FIRST_GROUP_PAGES) as f64;
+    let opened_ns = ((all_ns - faults * fault_ns) / PAGES as f64).max(0.0);
+    Ok(*KNOWN.get_or_init(|| (page_ns, fault_ns, opened_ns)))
 }
 
 /// Shared memory of this process, as a QEMU's RAM is.
@@ -82,8 +89,8 @@ pub(super) fn own_userfaultfd() -> Result<OwnedFd> {
     uffd::create_here().context("make a userfaultfd")
 }
 
-/// All writes together, or the median of single faults, nanoseconds.
-fn measure(way: Way) -> Result<f64> {
+/// Writes to every `step`th armed page: nanoseconds for all of them together, and the median of one.
+fn measure(way: Way, step: u64) -> Result<(f64, f64)> {
     let memory = Memory::new(PAGES).context("map memory for a measurement")?;
     for page in 0..PAGES {
         memory.write(page, 1);
@@ -92,21 +99,14 @@ fn measure(way: Way) -> Result<f64> {
     let mut capture = Capture::attach(way, std::process::id(), own_userfaultfd()?, &memory.file, &[mapping])?;
     let mut all = PageBitmap::new(PAGES);
     capture.scan(&mut all)?;
-    let (step, take) = match way {
-        Way::Pages => (1, PAGES),
-        // A new tracker's groups are smaller than this: each write is a fault.
-        Way::Groups => (16, PAGES / 16),
-    };
     let mut times: Vec<f64> = Vec::new();
-    for index in 0..take {
+    for index in 0..PAGES / step {
         let started = Instant::now();
         memory.write(index * step, 2);
         times.push(started.elapsed().as_secs_f64() * 1e9);
     }
     capture.detach()?;
+    let together = times.iter().sum();
     times.sort_by(f64::total_cmp);
-    Ok(match way {
-        Way::Pages => times.iter().sum(),
-        Way::Groups => times.get(times.len() / 2).copied().unwrap_or(0.0),
-    })
+    Ok((together, times.get(times.len() / 2).copied().unwrap_or(0.0)))
 }

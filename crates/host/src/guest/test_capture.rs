@@ -208,7 +208,7 @@ fn groups_grow_for_a_guest_that_fills_memory_and_shrink_for_one_that_jumps() {
 #[test]
 #[ignore = "a measurement"]
 fn what_following_writes_costs() {
-    println!("one armed page, one served fault, ns: {:?}", costs().unwrap());
+    println!("one armed page, one served fault, one opened page, ns: {:?}", costs().unwrap());
     println!("| writes | followed | million writes/s | of unfollowed | faults/GiB | wasted re-sends |");
     for pattern in [Pattern::Sequential, Pattern::Runs, Pattern::Random] {
         let mut alone = 0.0;

@@ -93,7 +93,7 @@ impl Follow {
             return None;
         }
         let page_s = report.duration.as_secs_f64() / report.counts.data_pages.max(1) as f64;
-        let (page_ns, fault_ns) = match calibrate::costs() {
+        let (page_ns, fault_ns, opened_ns) = match calibrate::costs() {
             Ok(costs) => costs,
             Err(error) => {
                 tracing::warn!(%error, "what following writes costs was not measured");
@@ -101,7 +101,7 @@ impl Follow {
                 return None;
             }
         };
-        let costs = Costs { page_ns, fault_ns, resend_ns: page_s * 1e9 };
+        let costs = Costs { page_ns, fault_ns, opened_ns, resend_ns: page_s * 1e9 };
         let now = capture.way();
         let estimate = match now {
             Way::Pages => Estimate::of_writes(&writes, &costs),

@@ -62,6 +62,8 @@ whimbrel_fuzz::fuzz! {
         [0, 1, 1, 104, 0, 4, 1, 0, 0, 0],
         [1, 1, 0, 40, 0, 4, 9, 0, 0, 0],
         [2, 0, 1, 0, 0, 6, 1, 2, 3, 4, 5, 6],
+        // A checkpoint before the first record.
+        [0, 1, 0, 0xcb, 0, 2, 1, 0],
     ] {
         let mut changed = files().clone();
         change(&mut changed, bytes);
