@@ -295,6 +295,7 @@ fuzz! {
         layer_header().encode().as_slice(),
         chunk(),
         runs::encode([runs::Run { start: 3, blocks: 4, kind: runs::RunKind::Data(5) }]),
+        runs::encode([runs::Run { start: 3, blocks: 4, kind: runs::RunKind::Zero }]),
         log::Entry {
             chain: 1,
             seq: 2,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! file: 0 magic "WHMBMAP1"  8 version  12 crc32c of the runs  16 count   then `count` runs, sorted, apart
-//! run (16 B): 0 first block u64 (the two top bits are the kind: 1 zero, 2 data)   8 blocks u32   12 place u32
+//! run (16 B): 0 first block u64 (the two top bits are the kind: 1 zero, 2 data)   8 blocks u32   12 place u32, 0 for zeros
 //! ```
 //!
 //! `place` counts 4 KiB blocks over all segments: `segment × segment_blocks + block`.
@@ -52,13 +52,13 @@ impl Run {
     }
 
     fn decode(from: &[u8]) -> Option<Self> {
-        let first = field::u64(from, 0);
+        let (first, place) = (field::u64(from, 0), field::u32(from, 12));
         let run = Self {
             start: first & !(3 << KIND_SHIFT),
             blocks: field::u32(from, 8),
             kind: match first >> KIND_SHIFT {
-                1 => RunKind::Zero,
-                2 => RunKind::Data(field::u32(from, 12)),
+                1 if place == 0 => RunKind::Zero,
+                2 => RunKind::Data(place),
                 _ => return None,
             },
         };
