@@ -1,6 +1,6 @@
 //! Memory on the move: when to stop copying and pause ([`precopy`]), how the guest's writes are followed ([`page_group`]), what
 //! changes how often ([`rank`]), which link carries what ([`link_plan`]), which versions of pages are kept so that changes to them
-//! can be sent ([`delta`]), which pages are named instead of sent ([`reference`]).
+//! can be sent ([`delta`]), which pages are named instead of sent ([`mod@reference`]).
 
 pub mod delta;
 pub mod link_plan;

@@ -17,7 +17,7 @@
 //!
 //! Invariants
 //! * [`Drains::pass`] returns after every block request has ended that was under way when it was called.
-//! * Drains take at most a tenth of the guest's time and are at least [`APART_MIN`] apart. Three that take longer
+//! * Drains take at most a tenth of the guest's time and are at least `APART_MIN` apart. Three that take longer
 //!   than [`DRAIN_LIMIT`] end the copy, with words.
 //!
 //! Not here: which disks need it (`precheck`), scans (`dirty`).

@@ -9,7 +9,7 @@
 //! * Every page of a piece is in exactly one frame, or in none if the target has it as it was read; what a page is, is told by
 //!   the bytes that were read, and the frame's check, or the reference's hash, is over those same bytes.
 //! * Runs within a frame ascend: a piece that lies before the last one begins a new frame.
-//! * A group is at most [`GROUP_PAGES`] pages of one block, ascending, so that it stays in the processor's cache
+//! * A group is at most `GROUP_PAGES` pages of one block, ascending, so that it stays in the processor's cache
 //!   between its read and its encoding, and holds up an urgent frame for no more than about 2 ms at 1 Gbit/s.
 //!
 //! Not here: which pages, in which order (`plan`), threads and the socket (`source`), whether to compress (`engine::block::encode`),

@@ -32,7 +32,7 @@
 //! 6 changed words in zstd, 7 references to pages, 8 references to disks), reserved `u8`, run count `u32`, runs of
 //! `{first_page u32, pages u32}`, payload. The payload holds the pages of all runs in order: nothing (zero),
 //! `4096 × pages` bytes (raw), one zstd frame that decodes to exactly that many bytes, words, one zstd frame that decodes
-//! to words, or references ([`reference`]). In a control frame the whole body counts as payload.
+//! to words, or references ([`mod@reference`]). In a control frame the whole body counts as payload.
 //!
 //! Words stand for pages in which one 64-bit word (zero, a pattern) is frequent: one byte per page, 0, 1 or 2; then,
 //! page by page, for 0 its 4096 bytes, for 1 the frequent word (8 bytes), a mask of 512 bits (64 bytes, bit *i* of
