@@ -163,8 +163,12 @@ fn moved(data: &mut Data<'_, '_>, first: &Host, second: &Host) -> Result<()> {
     data.flight.migrate(1, &[])?;
     data.seen(SEEN)?;
     data.read_all()?;
-    let size = format!("{}", data.size);
-    refused(first, &["volume", "resize", DATA, &size], second.name())?;
+    data.size += STEP;
+    first
+        .whimbrel(&["volume", "resize", DATA, &format!("{}", data.size)])
+        .context("asked where it is no more: passed on to where it is")?;
+    data.seen(SEEN)?;
+    data.use_the_new_end()?;
     data.grow().context("where it came to")?;
     // While it moves nothing changes, and the command says why; the same size would do nothing but for that.
     let mut command = second
