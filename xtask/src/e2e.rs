@@ -79,7 +79,8 @@ pub fn run(options: &Options) -> Result<()> {
     let chosen = choose(options)?;
     if !lab::inside() {
         let program = match &options.program {
-            Some(p) => p.clone(),
+            // Scenarios start it from directories of their own.
+            Some(p) => std::path::absolute(p).context("find the program")?,
             None => check::build(false)?,
         };
         let image = guest::tiny()?;
