@@ -91,8 +91,8 @@ async fn a_carried_stream_moves_the_guest_and_nothing_runs_before_it_may() {
 async fn a_cancelled_stream_leaves_the_guest_running() {
     for qemu in qemus().await {
         let (from, to) = (vm(&qemu, "source").await, vm(&qemu, "target").await);
-        // Slow enough to be in the middle.
-        let (mut source, mut target, _) = pair(&from, &to, &options(Some(1 << 20))).await;
+        // Slow enough to be in the middle, however little is left of it by compression.
+        let (mut source, mut target, _) = pair(&from, &to, &options(Some(16 << 10))).await;
         let early = tokio::time::timeout(Duration::from_millis(500), source.next_round()).await;
         assert!(early.is_err(), "a slow link ended a round: {early:?}");
         source.cancel().await.unwrap();
